@@ -1,0 +1,3 @@
+"""LoraFold: fine-tune the quantized model that you deploy."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,131 @@
+"""Merge an adapter into the weights it was trained on.
+
+A group adapter folds exactly: only the stored offsets change, and they change to the very numbers that the
+forward pass computed with. LoRA has no such place in a quantized block: it can only be merged into the dense weight
+and quantized again, which is lossy and has to be asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.adapters.group import GroupAdapter
+from lorafold.adapters.inject import AdaptedLinear, adapted_layers
+from lorafold.adapters.lora import LoRA
+from lorafold.errors import FoldError, bullet_list
+from lorafold.quant.ggml import CODECS
+from lorafold.quant.linear import QuantLinear
+from lorafold.quant.weight import QuantizedWeight, encode
+
+LEAST_KEPT = 0.99  # a fold that keeps less of an update than this is refused
+
+
+@dataclass(frozen=True)
+class LayerFold:
+    """What folding did to one layer.
+
+    Attributes:
+        name: the layer.
+        weight: the folded matrix.
+        kept: <realized update, wanted update> / <wanted, wanted>; 1 is everything, and 1 for a zero update.
+        error_steps: largest difference between wanted and realized, in quantization steps (scales).
+    """
+
+    name: str
+    weight: QuantizedWeight
+    kept: float
+    error_steps: float
+
+
+def kept_fraction(realized: Tensor, wanted: Tensor) -> float:
+    """<realized, wanted> / <wanted, wanted> in float64; 1 where nothing was wanted."""
+    wanted = wanted.double()
+    norm = wanted.square().sum()
+    return 1.0 if norm == 0 else float((realized.double() * wanted).sum() / norm)
+
+
+def fold(model: nn.Module, name: str = "default") -> list[LayerFold]:
+    """Exact fold of a group adapter into the packed weights; the model itself is left as it is.
+
+    Raises:
+        FoldError: the adapter is not of this kind, an offset is not finite, or rounding to the file's storage
+            type keeps less than 99 % of a layer's update; all layers concerned are named.
+    """
+    folds, faults = [], []
+    for path, layer in adapted_layers(model):
+        if name not in layer.adapters:
+            continue
+        adapter = layer.adapters[name]
+        if not isinstance(adapter, GroupAdapter):
+            raise FoldError(
+                "a LoRA update varies inside a quantization group, so it has no exact place in the file: export it "
+                "(lorafold export --to gguf-adapter), or merge and quantize again with loss (fold --to TYPE --lossy)"
+            )
+        result = _fold_layer(path, layer, adapter)
+        folds.append(result)
+        if not torch.isfinite(result.weight.format.offset(result.weight.blocks)).all():
+            faults.append(f"{path}: an offset is beyond float16")
+        elif not result.kept >= LEAST_KEPT:
+            faults.append(f"{path}: float16 offsets keep only {result.kept:.1%} of the update")
+    if faults:
+        raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults))
+    return folds
+
+
+@torch.no_grad()
+def _fold_layer(path: str, layer: AdaptedLinear, adapter: GroupAdapter) -> LayerFold:
+    assert isinstance(layer.base, QuantLinear)
+    packed = layer.base.packed
+    codec, stored = packed.format, packed.format.offset(packed.blocks)
+    wanted = adapter.offset_update()
+    offset = codec.move_offset(stored, wanted)
+    realized = offset - stored
+    kept = kept_fraction(realized, wanted)
+    step = codec.scale(packed.blocks).abs().clamp_min(torch.finfo(torch.float16).tiny)
+    error = float(((realized - wanted).abs() / step).max())
+    return LayerFold(
+        path, QuantizedWeight(packed.codec, packed.shape, codec.with_offset(packed.blocks, offset)), kept, error
+    )
+
+
+def base_weight(base: nn.Linear | QuantLinear, offset: Tensor | None = None) -> Tensor:
+    """Dense float32 weight [out, in] of a layer without its adapters; `offset` stands in for the stored offsets."""
+    return base.packed.decode(torch.float32, offset) if isinstance(base, QuantLinear) else base.weight.float()
+
+
+@torch.no_grad()
+def merged_weight(layer: AdaptedLinear) -> Tensor:
+    """Dense float32 weight [out, in] of a layer with its active adapter merged in."""
+    base, adapter = layer.base, layer.adapter
+    weight = base_weight(base, layer.offset())
+    return weight + adapter.delta().float() if isinstance(adapter, LoRA) else weight
+
+
+@torch.no_grad()
+def requantize(model: nn.Module, codec: str | None, name: str = "default") -> list[LayerFold]:
+    """The lossy way: merge the adapter into the dense weights and quantize them again.
+
+    Args:
+        codec: the format to quantize to; None keeps each matrix's own.
+
+    Raises:
+        FoldError: a matrix is not packed and no codec is named.
+    """
+    folds = []
+    for path, layer in adapted_layers(model):
+        if name not in layer.adapters:
+            continue
+        packed = layer.base.packed if isinstance(layer.base, QuantLinear) else None
+        target = codec or (packed.codec if packed else None)
+        if target is None:
+            raise FoldError(f"{path} is not quantized; name a format to quantize it to: {', '.join(CODECS)}")
+        before, wanted = base_weight(layer.base), merged_weight(layer)
+        new = encode(wanted, target)
+        kept = kept_fraction(new.decode() - before, wanted - before)
+        step = new.format.scale(new.blocks).abs().clamp_min(torch.finfo(torch.float16).tiny)
+        error = (new.decode() - wanted).abs().unflatten(1, (step.shape[1], -1)).amax(-1) / step
+        folds.append(LayerFold(path, new, kept, float(error.max())))
+    return folds

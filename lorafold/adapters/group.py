@@ -1,0 +1,72 @@
+"""QA-LoRA (arXiv 2309.14717): learn the offsets of a group-quantized weight, nothing else.
+
+A group-quantized weight is  w[o, j] = scale[o, g] code[o, j] + offset[o, g]  with g = j // group.
+The adapter moves the offset,
+
+    offset' = round(offset + (s / p) B A),     A [r, G], B [O, r], s = alpha / r,
+
+where round() is the rounding of the file format with the gradient passed straight through. So the model that is
+trained is the model that the file will hold, and folding loses nothing.
+
+p is the pooling divisor. Written on activations the update is (s / p) B A pool(x), pool being the sum over a
+group. The paper takes the mean (p = group); PEFT's `use_qalora` multiplies that mean by G. Here
+p = sqrt(group): the pooled input then has the variance of the input itself, a step of A or B moves the output as
+far as in LoRA, and LoRA's learning rates carry over. p is stored with every adapter.
+"""
+
+# r rank, O output rows, G groups in a row, I = G * group input features
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+FULL = "full"
+
+
+class GroupAdapter(nn.Module):
+    """Low-rank or full update of one layer's offsets.
+
+    Args:
+        groups, out_features: G and O of the layer.
+        group_size: weights that share an offset.
+        r: rank, or `"full"`: one free number per offset, D [O, G], and offset' = round(offset + D).
+        scaling: s; unused with `"full"`.
+    """
+
+    def __init__(self, groups: int, out_features: int, group_size: int, r: int | str, scaling: float):
+        super().__init__()
+        self.group_size = group_size
+        self.scaling = scaling
+        self.full = r == FULL
+        if self.full:
+            self.offset_delta = nn.Parameter(torch.zeros(out_features, groups))
+            return
+        self.lora_A = nn.Parameter(torch.empty(int(r), groups))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, int(r)))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    @property
+    def pooling_divisor(self) -> float:
+        """p."""
+        return math.sqrt(self.group_size)
+
+    def offset_update(self) -> Tensor:
+        """What is added to the offsets, [O, G] float32."""
+        if self.full:
+            return self.offset_delta
+        return (self.scaling / self.pooling_divisor) * (self.lora_B @ self.lora_A)
+
+    def expanded(self) -> tuple[Tensor, Tensor]:
+        """The same update as an ordinary LoRA pair: A [r, I] and B [O, r] with  delta = s B A.
+
+        Each column of A is repeated over its group and divided by p. With `r = full` the rank becomes
+        G: row g of A marks the inputs of group g, B is the update itself, and s is 1.
+        """
+        if self.full:
+            marks = torch.eye(self.offset_delta.shape[1], device=self.offset_delta.device)
+            return marks.repeat_interleave(self.group_size, dim=1), self.offset_delta.detach()
+        a = self.lora_A.detach().repeat_interleave(self.group_size, dim=1) / self.pooling_divisor
+        return a, self.lora_B.detach()

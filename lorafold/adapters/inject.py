@@ -1,0 +1,260 @@
+"""Put adapters on a model's linear layers, and find them again."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lorafold.adapters.group import GroupAdapter
+from lorafold.adapters.lora import LoRA
+from lorafold.config import AdapterSpec
+from lorafold.errors import AdapterError, bullet_list, nearest
+from lorafold.quant.ggml import CODECS
+from lorafold.quant.linear import QuantLinear
+from lorafold.quant.weight import promote
+
+ALL_LINEAR = "all-linear"
+HEADS = ("lm_head",)  # what all-linear leaves out, as PEFT does
+Adapter = LoRA | GroupAdapter
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer with named adapters; the active one takes part in the forward pass.
+
+    Args:
+        base: the frozen layer, dense or packed.
+    """
+
+    base: nn.Linear | QuantLinear
+
+    def __init__(self, base: nn.Linear | QuantLinear):
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The active adapter."""
+        return self.adapters[self.active] if self.active else None  # type: ignore[return-value]
+
+    def offset(self) -> Tensor | None:
+        """Offsets [out, groups] it computes with, as its file stores them; None without a group adapter."""
+        adapter = self.adapter
+        if not isinstance(adapter, GroupAdapter):
+            return None
+        assert isinstance(self.base, QuantLinear)
+        packed = self.base.packed
+        return packed.format.move_offset(packed.format.offset(packed.blocks), adapter.offset_update())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y [..., out] of X [..., in]."""
+        adapter = self.adapter
+        if isinstance(adapter, GroupAdapter):
+            return self.base(x, self.offset())
+        y = self.base(x)
+        return y if adapter is None else y + adapter(x)
+
+
+@dataclass
+class Injection:
+    """What `inject` did.
+
+    Attributes:
+        modules: names of the adapted layers.
+        promotions: names of layers whose format was changed first -> (old codec, new codec).
+        added_bytes: bytes the promotions add to the file.
+        trainable: number of trained parameters.
+    """
+
+    modules: list[str]
+    promotions: dict[str, tuple[str, str]] = field(default_factory=dict)
+    added_bytes: int = 0
+    trainable: int = 0
+
+    def describe(self) -> str:
+        """One or two sentences for the user."""
+        text = f"{self.trainable:,} trainable parameters in {len(self.modules)} layers"
+        for (old, new), count in Counter(self.promotions.values()).items():
+            text += f"; {count} matrices promoted from {old} to {new} (same weights)"
+        return text + (f", {self.added_bytes:,} bytes more on disk" if self.added_bytes else "")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear | QuantLinear]:
+    """All linear layers by name; an adapted layer appears as its base under its own name."""
+    layers: dict[str, nn.Linear | QuantLinear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            layers[name] = module.base
+        elif isinstance(module, nn.Linear | QuantLinear) and not name.endswith(".base"):
+            layers[name] = module
+    return layers
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """(name, layer) of every layer that carries adapters."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            yield name, module
+
+
+def find_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Names of the layers a spec means, in model order.
+
+    A target is `all-linear`, a name (matched whole or as the end of a dotted path), or, when it stands alone
+    and is not a plain name, a regular expression matched against the whole path.
+
+    Raises:
+        AdapterError: a target matches nothing; the message lists what could be matched, with counts.
+    """
+    names = list(linear_layers(model))
+    chosen: dict[str, None] = {}
+    faults = []
+    for target in spec.target_modules:
+        hits = [n for n in names if _matches(n, target, lone=len(spec.target_modules) == 1)]
+        if not hits:
+            faults.append(f"{target!r} matches no linear layer{nearest(target, _endings(names))}")
+        chosen |= dict.fromkeys(hits)
+    if faults:
+        listing = ", ".join(f"{ending} ({count})" for ending, count in _endings(names).items())
+        raise AdapterError("target_modules:\n" + bullet_list(faults) + f"\nlayers that can be adapted: {listing}")
+    lone = len(spec.exclude_modules) == 1
+    kept = [n for n in names if n in chosen and not any(_matches(n, e, lone) for e in spec.exclude_modules)]
+    if not kept:
+        raise AdapterError("exclude_modules leaves no layer to adapt; exclude less")
+    return kept
+
+
+def _matches(name: str, target: str, lone: bool) -> bool:
+    if target == ALL_LINEAR:
+        return name.rpartition(".")[2] not in HEADS
+    if name == target or name.endswith(f".{target}"):
+        return True
+    if not lone or re.fullmatch(r"[\w.]+", target):
+        return False
+    try:
+        return re.fullmatch(target, name) is not None
+    except re.error as error:
+        raise AdapterError(f"{target!r} is neither a layer name nor a regular expression: {error}") from None
+
+
+def _endings(names: list[str]) -> Counter[str]:
+    return Counter(name.rpartition(".")[2] for name in names)
+
+
+def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Injection:
+    """Add an adapter to every target layer and make it the active one; base weights stay frozen.
+
+    Packed matrices without a stored offset that QA-LoRA targets are promoted to the affine format that holds the
+    same weights (Q4_0 to Q4_1, Q5_0 to Q5_1).
+
+    Raises:
+        AdapterError: a target matches nothing, or has a format that the method cannot adapt.
+    """
+    layers = linear_layers(model)
+    targets = find_targets(model, spec)
+    result = Injection(targets)
+    if spec.method == "qa-lora":
+        prepare_group_bases(layers, targets, result)
+    for path in targets:
+        adapter = make_adapter(layers[path], spec)
+        attach(model, path, adapter, name)
+        result.trainable += sum(p.numel() for p in adapter.parameters())
+    return result
+
+
+def attach(model: nn.Module, path: str, adapter: Adapter, name: str = "default") -> None:
+    """Put one adapter on the linear layer at `path` and make it the active one there.
+
+    Raises:
+        AdapterError: the layer already carries an adapter of this name.
+    """
+    module = model.get_submodule(path)
+    if not isinstance(module, AdaptedLinear):
+        module = AdaptedLinear(module)  # type: ignore[arg-type]
+        model.set_submodule(path, module)
+    if name in module.adapters:
+        raise AdapterError(f"the model already carries an adapter named {name!r}")
+    base = module.base
+    device = base.blocks.device if isinstance(base, QuantLinear) else base.weight.device
+    module.adapters[name] = adapter.to(device)
+    module.active = name
+
+
+def make_adapter(base: nn.Linear | QuantLinear, spec: AdapterSpec) -> Adapter:
+    """A fresh adapter for one layer."""
+    if spec.method == "qa-lora":
+        assert isinstance(base, QuantLinear)
+        size = base.packed.format.group_size
+        return GroupAdapter(base.in_features // size, base.out_features, size, spec.r, spec.scaling)
+    assert isinstance(spec.r, int)
+    return LoRA(base.in_features, base.out_features, spec.r, spec.scaling, spec.lora_dropout)
+
+
+def prepare_group_bases(layers: dict[str, nn.Linear | QuantLinear], targets: list[str], result: Injection) -> None:
+    """Make every target's format one that stores offsets, or refuse them all at once.
+
+    Raises:
+        AdapterError: targets are dense or have a format that stores no offset and is not promoted.
+    """
+    _refuse_unsuitable(layers, targets)
+    _promote_all(layers, targets, result)
+
+
+def _refuse_unsuitable(layers: dict[str, nn.Linear | QuantLinear], targets: list[str]) -> None:
+    bad: dict[str, list[str]] = {}
+    for path in targets:
+        layer = layers[path]
+        codec = layer.packed.format if isinstance(layer, QuantLinear) else None
+        if codec is None:
+            bad.setdefault(str(layer.weight.dtype).removeprefix("torch."), []).append(path)
+        elif not codec.affine and codec.promotes_to is None:
+            bad.setdefault(codec.name, []).append(path)
+    if bad:
+        faults = [
+            f"{kind}: {len(paths)} layers ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
+            for kind, paths in bad.items()
+        ]
+        able = [name for name, codec in CODECS.items() if codec.affine or codec.promotes_to]
+        raise AdapterError(
+            "qa-lora learns the offset that a quantized group stores, and these targets store none:\n"
+            + bullet_list(faults)
+            + "\nleave them out with --exclude-modules, train them with --method lora, or start from a file whose "
+            f"matrices are {', '.join(able)}"
+        )
+
+
+def _promote_all(layers: dict[str, nn.Linear | QuantLinear], targets: list[str], result: Injection) -> None:
+    for path in targets:
+        layer = layers[path]
+        assert isinstance(layer, QuantLinear)
+        old = layer.packed
+        if old.format.affine:
+            continue
+        try:
+            new = promote(old)
+        except ValueError as error:
+            raise AdapterError(f"{path} cannot be adapted with qa-lora: {error}") from None
+        layer.packed = new
+        result.promotions[path] = (old.codec, new.codec)
+        result.added_bytes += new.nbytes - old.nbytes
+
+
+def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Parameters of one adapter: `<layer>.lora_A` and so on -> tensor (not a copy)."""
+    return {
+        f"{path}.{key}": parameter
+        for path, layer in adapted_layers(model)
+        if name in layer.adapters
+        for key, parameter in layer.adapters[name].named_parameters()
+    }
+
+
+def set_active(model: nn.Module, name: str | None) -> None:
+    """Switch every layer to the adapter `name`, or to the bare base with None."""
+    for _, layer in adapted_layers(model):
+        layer.active = name if name is not None and name in layer.adapters else None

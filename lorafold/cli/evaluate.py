@@ -1,0 +1,61 @@
+"""`lorafold eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from lorafold.config import DataConfig
+
+
+def evaluate(
+    models: tuple[str, ...],
+    /,
+    *,
+    data: Annotated[DataConfig, Parameter(name="*")],
+    adapter: tuple[Path, ...] = (),
+    runtime: Literal["torch", "llama.cpp"] = "torch",
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32",
+) -> None:
+    """Mean loss per supervised token of models, folded files or adapters on the same rows.
+
+    Args:
+        models: one or more models; adapters go on the first.
+        adapter: adapter or run folders, each tried on the first model.
+        runtime: torch, or llama.cpp (GGUF files): what the deployed file computes.
+        dtype: of activations in torch.
+    """
+    import math
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from lorafold.cli.variants import in_llama_cpp, in_torch, variants
+    from lorafold.evals.compare import runtime_loss
+    from lorafold.evals.loss import evaluate as evaluate_in_torch
+    from lorafold.models.gguf_file import GGUFFile
+    from lorafold.models.load import resolve
+    from lorafold.models.tokenizer import load_tokenizer
+    from lorafold.runs.display import Display
+    from lorafold.runs.prepare import rows_of
+
+    display = Display()
+    table = Table("model", "runtime", "loss", "perplexity", "tokens")
+    for variant in variants(models, adapter):
+        if runtime == "torch":
+            loaded = in_torch(variant, dtype)
+            rows = rows_of(data, loaded.tokenizer, display)
+            with display.bar(variant.label, len(rows)) as done:
+                loss = evaluate_in_torch(loaded, rows, progress=done)
+        else:
+            rows = rows_of(data, load_tokenizer(GGUFFile(resolve(variant.model))), display)
+            with (
+                display.bar(variant.label, len(rows)) as done,
+                in_llama_cpp(variant, max(len(r.ids) for r in rows)) as engine,
+            ):
+                loss = runtime_loss(engine, rows, done)
+        count = sum(sum(row.supervised) for row in rows)
+        table.add_row(variant.label, runtime, f"{loss:.4f}", f"{math.exp(loss):.3f}", f"{count:,}")
+    Console(markup=False).print(table)

@@ -1,0 +1,39 @@
+"""`lorafold export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+
+def export(
+    run: Path,
+    *,
+    to: Literal["peft", "gguf-adapter"],
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    overwrite: bool = False,
+) -> None:
+    """Write a run's adapter for other tools; a qa-lora adapter is expanded to an ordinary LoRA.
+
+    Args:
+        run: run folder that `lorafold train` wrote.
+        to: peft (a folder that PEFT, vLLM and others load) or gguf-adapter (a file for llama.cpp's --lora).
+        output: folder or file to write.
+        overwrite: replace an existing output.
+    """
+    from lorafold.files import check_output
+    from lorafold.models.exports import export_gguf_adapter, export_peft
+    from lorafold.runs import display as shown
+    from lorafold.runs.fold import load_trained
+    from lorafold.runs.folder import read_run
+
+    check_output(output, overwrite)
+    trained = read_run(run)
+    loaded = load_trained(trained)
+    if to == "peft":
+        export_peft(loaded, trained.config.adapter, output)
+    else:
+        export_gguf_adapter(loaded, output)
+    shown.output(f"{output}: the adapter of {run} for {to}")

@@ -1,0 +1,53 @@
+"""The command line: `lorafold COMMAND ...`.
+
+Commands are loaded when they are called, so `lorafold --help` stays quick. A mistake of the user ends with one message
+on standard error and exit code 2; Ctrl-C ends with 130.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cyclopts import App, CycloptsError, Parameter
+
+import lorafold
+from lorafold.cli import demo, evaluate, export, fold, generate, preview, train, verify
+from lorafold.cli.config_file import expand_config
+from lorafold.errors import LoraFoldError
+
+app = App(
+    name="lorafold",
+    help="Fine-tune the quantized model that you deploy, and fold the result back into its own file, exactly.",
+    version=lorafold.__version__,
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
+)
+app.command(train.train)
+app.command(fold.fold)
+app.command(verify.verify)
+app.command(export.export)
+app.command(generate.generate)
+app.command(evaluate.evaluate, name="eval")
+app.command(preview.preview)
+app.command(demo.demo)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    try:
+        result = app(expand_config(arguments), exit_on_error=False, print_error=False, result_action="return_value")
+    except (LoraFoldError, CycloptsError) as error:
+        sys.stderr.write(f"lorafold: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("lorafold: stopped\n")
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `lorafold preview ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+def main() -> None:
+    """Entry point of the `lorafold` command."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""`lorafold preview`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from lorafold.config import DataConfig
+
+
+def preview(model: str, *, data: Annotated[DataConfig, Parameter(name="*")], rows: int = 2) -> None:
+    """Show rows as the tokens that will be trained, the supervised ones marked.
+
+    Args:
+        model: whose tokenizer and chat template are used.
+        rows: how many rows to show.
+    """
+    from rich.console import Console
+
+    from lorafold.data.preview import render
+    from lorafold.models.load import load_tokenizer_only
+    from lorafold.runs.display import Display
+    from lorafold.runs.prepare import tokenized_of
+
+    console = Console()
+    tokenizer = load_tokenizer_only(model)
+    tokenized = tokenized_of(data, tokenizer)
+    for row in tokenized.rows[:rows]:
+        console.rule(f"row {row.row}: {len(row.ids)} tokens, {sum(row.supervised)} supervised")
+        console.print(render(row, tokenizer))
+    Display().say(tokenized.describe())

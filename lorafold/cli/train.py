@@ -1,0 +1,44 @@
+"""`lorafold train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from lorafold.config import AdapterSpec, DataConfig, RunConfig, TrainingConfig
+
+_FLAT = Parameter(name="*")
+
+
+def train(
+    model: str,
+    *,
+    data: Annotated[DataConfig, _FLAT],
+    adapter: Annotated[AdapterSpec, _FLAT] = AdapterSpec(),  # noqa: B008
+    training: Annotated[TrainingConfig, _FLAT] = TrainingConfig(),  # noqa: B008
+    output_dir: Path = Path("lorafold-run"),
+    config: Path | None = None,
+) -> None:
+    """Tune a model on your rows; writes a run folder with adapter, metrics and report.
+
+    Args:
+        model: a .gguf file, a transformers folder or hub id, or smollm2 (the embedded default).
+        output_dir: run folder to write; it must not exist, or be empty.
+        config: YAML file with any of these options; the command line wins.
+    """
+    from lorafold.runs.display import Display, output
+    from lorafold.runs.start import start
+
+    del config  # expanded before parsing
+    run = start(RunConfig(model, output_dir, data, adapter, training), Display())
+    s = run.summary
+    output(
+        f"held-out loss {s['eval_loss_before']:.4f} -> {s['eval_loss_after']:.4f}, "
+        f"{s['samples_per_second']:.2f} samples/s, peak memory {s['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    if run.config.adapter.method == "qa-lora":
+        output(f"next: lorafold fold {run.path} -o tuned.gguf")
+    else:
+        output(f"next: lorafold export {run.path} --to peft -o adapter   (or --to gguf-adapter -o adapter.gguf)")

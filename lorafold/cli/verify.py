@@ -1,0 +1,36 @@
+"""`lorafold verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def verify(file: Path, *, run: Path, data: Path | None = None, tokens: int = 2000, runtime: bool = True) -> int:
+    """Prove that a folded file is what was trained; exit code 1 when it is not.
+
+    Args:
+        file: the folded .gguf file.
+        run: run folder it was folded from.
+        data: rows for the comparison in llama.cpp, instead of the run's held-out rows.
+        tokens: predictions compared in llama.cpp.
+        runtime: compare in llama.cpp, where xllamacpp is installed.
+    """
+    from lorafold.evals import llama_cpp
+    from lorafold.models.gguf_file import GGUFFile
+    from lorafold.models.tokenizer import load_tokenizer
+    from lorafold.runs.display import Display, output
+    from lorafold.runs.folder import read_run
+    from lorafold.runs.prepare import held_out_rows
+    from lorafold.runs.verify import check_table, verify_file, verify_runtime
+
+    trained = read_run(run)
+    checks = verify_file(file, trained)
+    display = Display()
+    if runtime and llama_cpp.available():
+        tokenizer = load_tokenizer(GGUFFile(file))
+        rows = held_out_rows(trained.config.data, tokenizer, trained.config.training.seed, data).rows
+        checks += verify_runtime(file, trained, rows, display, tokens).checks()
+    elif runtime:
+        display.say("llama.cpp was left out: pip install 'lorafold[llama-cpp]' brings it")
+    output(check_table(checks))
+    return 1 if any(check.passed is False for check in checks) else 0

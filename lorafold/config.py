@@ -1,0 +1,276 @@
+"""Everything a run can be told, as frozen dataclasses; the command line and YAML files are made from them.
+
+Names that PEFT, transformers and TRL users know keep their meaning. Each field is documented where it
+is declared, checked in `__post_init__`, and written resolved into a run's `config.yaml`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lorafold.errors import ConfigError, bullet_list, nearest
+
+Method = Literal["qa-lora", "lora"]
+FULL = "full"
+
+# AdamW's step is about the learning rate per element whatever the gradient, so the rate that suits a
+# parametrization follows from what one step does to a weight; searched on SmolLM2 (docs/results/gsm8k.md).
+DEFAULT_LEARNING_RATE = {"lora": 1e-3, "qa-lora": 2e-3, "qa-lora full": 3e-4}
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What is learned, and where.
+
+    Attributes:
+        method: `lora` (activations; any base) or `qa-lora` (offsets of a group-quantized base; folds exactly).
+        r: rank; `full` (qa-lora only) trains every offset directly.
+        lora_alpha: the update is scaled by alpha / r; default 2 r. Unused with r = full.
+        lora_dropout: probability of zeroing an input feature of the adapter while training (lora only).
+        target_modules: `all-linear` (every linear layer but the head), layer names, or one regular expression.
+        exclude_modules: layer names or one regular expression, taken out of the targets.
+        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
+    """
+
+    method: Method = "qa-lora"
+    r: int | Literal["full"] = 8
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    exclude_modules: tuple[str, ...] = ()
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.method not in ("qa-lora", "lora"):
+            faults.append(f"method is {self.method!r}; qa-lora and lora are known")
+        if self.r == FULL and self.method == "lora":
+            faults.append(
+                "r = full trains offsets directly, which only --method qa-lora can; give lora a rank such as 8"
+            )
+        if self.r != FULL and (isinstance(self.r, str) or self.r < 1):
+            faults.append(f"r is {self.r!r}; it must be a positive whole number or 'full'")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            faults.append(f"lora_alpha is {self.lora_alpha}; it must be positive")
+        if not 0 <= self.lora_dropout < 1:
+            faults.append(f"lora_dropout is {self.lora_dropout}; it must lie in [0, 1)")
+        if self.lora_dropout and self.method == "qa-lora":
+            faults.append("lora_dropout acts on activations, which qa-lora never sees; leave it 0 or use --method lora")
+        if not self.target_modules:
+            faults.append("target_modules is empty; all-linear adapts every linear layer but the head")
+        _raise(faults)
+
+    @property
+    def alpha(self) -> float:
+        """lora_alpha, or its default."""
+        return self.lora_alpha if self.lora_alpha is not None else 2.0 * (self.r if isinstance(self.r, int) else 1)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, or alpha / sqrt(r) with use_rslora; 1 where there is no rank."""
+        if not isinstance(self.r, int):
+            return 1.0
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def label(self) -> str:
+        """Short name for tables, such as `qa-lora r=8`."""
+        return f"{self.method} r={self.r}"
+
+    @property
+    def default_learning_rate(self) -> float:
+        """The learning rate used when none is given."""
+        return DEFAULT_LEARNING_RATE[f"{self.method} full" if self.r == FULL else self.method]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned from.
+
+    Attributes:
+        data: JSONL, JSON, CSV, TSV or Parquet file, or a folder of them.
+        eval_data: held-out rows; without it a part of the data is held out.
+        eval_fraction: the part held out when there is no eval_data.
+        prompt: template that makes the prompt from columns, such as "Describe {name}.".
+        completion: template that makes the completion from columns.
+        template: `chat` (the model's own), `alpaca`, `plain`, or `auto`: chat where the model has one.
+        max_length: tokens kept of a row; longer rows are cut on the right and counted.
+        supervise: `completion` (completions or assistant turns) or `all` tokens.
+        limit: use the first N rows of data only.
+        eval_limit: use the first N held-out rows only.
+    """
+
+    data: Path
+    eval_data: Path | None = None
+    eval_fraction: float = 0.1
+    prompt: str | None = None
+    completion: str | None = None
+    template: str = "auto"
+    max_length: int = 1024
+    supervise: Literal["completion", "all"] = "completion"
+    limit: int | None = None
+    eval_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        faults = []
+        if (self.prompt is None) != (self.completion is None):
+            faults.append("prompt and completion templates go together; one of them is missing")
+        if not 0 < self.eval_fraction < 1:
+            faults.append(f"eval_fraction is {self.eval_fraction}; it must lie between 0 and 1")
+        if self.supervise not in ("completion", "all"):
+            faults.append(f"supervise is {self.supervise!r}; completion and all are known")
+        faults += _not_positive(self, "max_length", "limit", "eval_limit")
+        _raise(faults)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How it is learned.
+
+    Attributes:
+        per_device_train_batch_size: rows of a forward and backward pass (split further by micro_batch_tokens).
+        gradient_accumulation_steps: passes before an optimizer step; the loss is averaged over all their tokens.
+        learning_rate: of AdamW; the default depends on the method.
+        num_train_epochs: passes over the data.
+        max_steps: optimizer steps, instead of epochs.
+        warmup_ratio: share of the steps in which the learning rate rises from 0.
+        lr_scheduler_type: `linear` or `cosine` decay to 0, or `constant`.
+        weight_decay: AdamW's decoupled decay.
+        max_grad_norm: gradients are scaled down to this norm; 0 turns that off.
+        eval_steps: evaluate every N steps as well as before and after.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        micro_batch_tokens: most tokens computed at once; smaller needs less memory and changes no result.
+        dtype: of activations: `auto` is bfloat16 where the processor has it, else float32.
+        device: `cpu`, `cuda`, or `auto`.
+        seed: of initialization, order and dropout.
+        sample_rows: held-out rows whose completions are generated before and after training.
+        sample_tokens: longest generated sample, in tokens.
+    """
+
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float | None = None
+    num_train_epochs: float = 1.0
+    max_steps: int | None = None
+    warmup_ratio: float = 0.05
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_steps: int | None = None
+    gradient_checkpointing: bool = False
+    micro_batch_tokens: int = 768
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 42
+    sample_rows: int = 3
+    sample_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        faults = _not_positive(
+            self,
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "num_train_epochs",
+            "max_steps",
+            "eval_steps",
+            "micro_batch_tokens",
+            "sample_tokens",
+        )
+        if not 0 <= self.warmup_ratio < 1:
+            faults.append(f"warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)")
+        if self.lr_scheduler_type not in ("linear", "cosine", "constant"):
+            faults.append(f"lr_scheduler_type is {self.lr_scheduler_type!r}; linear, cosine and constant are known")
+        faults += [
+            f"{name} is negative"
+            for name in ("weight_decay", "max_grad_norm", "sample_rows")
+            if getattr(self, name) < 0
+        ]
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            faults.append(f"dtype is {self.dtype!r}; auto, float32 and bfloat16 are known")
+        if self.device not in ("auto", "cpu", "cuda"):
+            faults.append(f"device is {self.device!r}; auto, cpu and cuda are known")
+        _raise(faults)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: what `config.yaml` in a run folder holds, flat.
+
+    Attributes:
+        model: `.gguf` file, transformers folder, hub id, or `smollm2`.
+        output_dir: the run folder.
+        data, adapter, training: the three groups of options.
+    """
+
+    model: str
+    output_dir: Path
+    data: DataConfig
+    adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def resolved(self) -> RunConfig:
+        """The same run with every default that depends on something else written out."""
+        adapter = replace(self.adapter, lora_alpha=self.adapter.alpha)
+        rate = self.training.learning_rate or self.adapter.default_learning_rate
+        return replace(self, adapter=adapter, training=replace(self.training, learning_rate=rate))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat mapping of plain values, ready for YAML."""
+        flat: dict[str, Any] = {"model": self.model, "output_dir": str(self.output_dir)}
+        for group in (self.adapter, self.data, self.training):
+            flat |= asdict(group)
+        return {key: _plain(value) for key, value in flat.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: unknown keys, each with the nearest known one, or values that are not allowed.
+        """
+        known = option_names()
+        unknown = [f"unknown key {key!r}{nearest(key, known)}" for key in values if key not in known]
+        _raise(unknown + [f"{key} is missing" for key in ("model", "output_dir", "data") if key not in values])
+        values = {**values, "output_dir": Path(values["output_dir"]), "data": Path(values["data"])}
+        if values.get("eval_data"):
+            values["eval_data"] = Path(values["eval_data"])
+        for key in ("target_modules", "exclude_modules"):
+            if key in values:
+                values[key] = (values[key],) if isinstance(values[key], str) else tuple(values[key])
+        groups = {
+            name: kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+            for name, kind in _GROUPS.items()
+        }
+        return cls(values["model"], values["output_dir"], **groups)
+
+
+_GROUPS: dict[str, Any] = {"adapter": AdapterSpec, "data": DataConfig, "training": TrainingConfig}
+
+
+def option_names() -> list[str]:
+    """Every key a configuration file may hold."""
+    return ["model", "output_dir", *(f.name for kind in _GROUPS.values() for f in fields(kind))]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _not_positive(config: Any, *names: str) -> list[str]:
+    values = {name: getattr(config, name) for name in names}
+    return [
+        f"{name} is {value}; it must be positive"
+        for name, value in values.items()
+        if value is not None and not value > 0
+    ]
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        raise ConfigError(faults[0] if len(faults) == 1 else "several options are wrong:\n" + bullet_list(faults))

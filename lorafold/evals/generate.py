@@ -1,0 +1,46 @@
+"""Greedy continuation of a prompt, in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache
+
+from lorafold.models.load import LoadedModel
+from lorafold.quant.linear import decoded_once
+
+
+def end_tokens(loaded: LoadedModel) -> set[int]:
+    """Token ids after which a model has finished: those of the tokenizer and of the generation config."""
+    ids = {loaded.tokenizer.eos_token_id}
+    for config in (loaded.model.config, loaded.model.generation_config):
+        eos = getattr(config, "eos_token_id", None)
+        ids |= set(eos) if isinstance(eos, list) else {eos}
+    return {i for i in ids if i is not None}
+
+
+@torch.no_grad()
+def generate(loaded: LoadedModel, ids: Sequence[int], max_new_tokens: int = 128) -> list[int]:
+    """Token ids that follow `ids`, the likeliest each time, without the end token."""
+    with decoded_once(loaded.model):
+        return _greedy(loaded, ids, max_new_tokens)
+
+
+def _greedy(loaded: LoadedModel, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+    model, ends = loaded.model, end_tokens(loaded)
+    cache = DynamicCache(config=model.config)
+    feed = torch.tensor([list(ids)], device=loaded.device)
+    out: list[int] = []
+    while len(out) < max_new_tokens:
+        seen = len(ids) + len(out)
+        positions = torch.arange(seen - feed.shape[1], seen, device=loaded.device)[None]
+        logits = model(
+            input_ids=feed, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
+        token = int(logits[0, -1].argmax())
+        if token in ends:
+            break
+        out.append(token)
+        feed = torch.tensor([[token]], device=loaded.device)
+    return out

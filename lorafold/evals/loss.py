@@ -1,0 +1,110 @@
+"""Cross-entropy over supervised tokens, without ever holding the logits of a whole batch.
+
+The loss is a sum over targets; callers divide by the number of targets of the whole step, so that splitting a step
+changes nothing. Where the head is frozen, the gradient with respect to the hidden states is formed in the same pass
+as the loss, chunk by chunk, and the logits are gone before the next chunk.
+"""
+
+# S supervised positions, H hidden width, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lorafold.data.packs import Pack, micro_batches, pack
+from lorafold.data.tokens import Tokens
+from lorafold.models.load import LoadedModel
+from lorafold.quant.linear import QuantLinear
+
+ALIGN = 16  # row lengths are rounded up to this, see `pack`
+_CHUNK = 128  # supervised positions whose logits exist at once: 128 x V x 4 bytes
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config keys of heads that do more
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), _CHUNK):
+            part, target = hidden[start : start + _CHUNK], targets[start : start + _CHUNK, None]
+            logits = F.linear(part, weight).float()
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            total += (normalizer - logits.gather(1, target)).sum()
+            if grad is not None:
+                probabilities = logits.sub_(normalizer).exp_()
+                probabilities.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
+                grad[start : start + _CHUNK] = probabilities.to(hidden.dtype) @ weight
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return None if grad is None else (grad.float() * grads[0]).to(grad.dtype), None, None
+
+
+def hidden_states(loaded: LoadedModel, batch: Pack) -> Tensor:
+    """Last hidden states [S, H] at the positions of a pack that predict a supervised token."""
+    out = loaded.model.model(
+        input_ids=batch.ids[None], position_ids=batch.positions[None], segments=batch.segments, use_cache=False
+    )
+    return out.last_hidden_state[0].index_select(0, batch.target_at)
+
+
+def pack_loss(loaded: LoadedModel, batch: Pack) -> Tensor:
+    """Sum of the cross-entropies (nats) of a pack's targets, differentiable."""
+    model, head = loaded.model, loaded.model.get_output_embeddings()
+    assert head is not None
+    frozen = isinstance(head, nn.Linear | QuantLinear) and not any(p.requires_grad for p in head.parameters())
+    if frozen and head.bias is None and not any(getattr(model.config, key, None) for key in _LOGIT_CHANGES):
+        weight = head.packed.decode(loaded.dtype) if isinstance(head, QuantLinear) else head.weight
+        total: Tensor = _FrozenHeadLoss.apply(hidden_states(loaded, batch), weight, batch.targets)  # type: ignore[assignment]
+        return total
+    return _general_loss(model, head, hidden_states(loaded, batch), batch.targets)
+
+
+def _general_loss(model: nn.Module, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The same for a head that is trained or changes its logits: each chunk is computed again in the backward pass."""
+    config = model.config
+
+    def chunk_loss(part: Tensor, target: Tensor) -> Tensor:
+        logits = head(part).float()
+        cap = getattr(config, "final_logit_softcapping", None)
+        logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+        logits = torch.tanh(logits / cap) * cap if cap else logits
+        return F.cross_entropy(logits, target, reduction="sum")
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(targets), _CHUNK):
+        part, target = hidden[start : start + _CHUNK], targets[start : start + _CHUNK]
+        total = total + checkpoint(chunk_loss, part, target, use_reentrant=False)
+    return total
+
+
+@torch.no_grad()
+def evaluate(
+    loaded: LoadedModel,
+    rows: Sequence[Tokens],
+    max_tokens: int = 1024,
+    progress: Callable[[int], None] | None = None,
+) -> float:
+    """Mean cross-entropy (nats) per supervised token over all rows.
+
+    Args:
+        progress: called with the number of rows done after each forward pass.
+    """
+    total, count = 0.0, 0
+    for group in micro_batches(rows, max_tokens):
+        batch = pack(group, ALIGN).to(loaded.device)
+        total += float(pack_loss(loaded, batch))
+        count += len(batch.targets)
+        if progress:
+            progress(len(group))
+    return total / count

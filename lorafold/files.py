@@ -1,0 +1,95 @@
+"""Writing files so that nothing is ever half-written: to a temporary name beside the target, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorafold.errors import LoraFoldError
+
+
+class OutputError(LoraFoldError):
+    """An output path exists already, cannot be written, or the disk is full."""
+
+
+def check_output(path: Path, overwrite: bool = False) -> None:
+    """Refuse an output path before any work is done.
+
+    Raises:
+        OutputError: it exists (and may not be overwritten), or its folder is missing or not writable.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already; choose another path or pass --overwrite")
+    parent = _existing_parent(path)
+    if not parent.is_dir():
+        raise OutputError(f"{path} cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be written: no permission to write in {parent}")
+
+
+def _existing_parent(path: Path) -> Path:
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; when the block succeeds it becomes `path`, when it fails nothing is left.
+
+    Raises:
+        OutputError: for any operating-system error while writing, such as a full disk.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise OutputError(f"{path} was not written: {reason}; nothing was left behind") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder: it appears whole under its name, or not at all. An older one is replaced."""
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise OutputError(f"{path} was not written: {reason}; nothing was left behind") from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

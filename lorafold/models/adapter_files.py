@@ -1,0 +1,229 @@
+"""Adapters on disk: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+A LoRA adapter is stored exactly as PEFT stores it, so PEFT, vLLM and others read it. A QA-LoRA adapter is stored in
+its own small form (`peft_type` QA_LORA, which PEFT refuses by name instead of misreading); `lorafold export` expands
+it. The hash of the base weights and, for QA-LoRA, the pooling divisor stand in the safetensors header.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorafold.adapters.group import GroupAdapter
+from lorafold.adapters.inject import (
+    Injection,
+    adapted_layers,
+    adapter_state,
+    attach,
+    linear_layers,
+    make_adapter,
+    prepare_group_bases,
+)
+from lorafold.adapters.lora import LoRA
+from lorafold.config import AdapterSpec
+from lorafold.errors import AdapterError, ConfigError, bullet_list
+from lorafold.files import replacing_folder
+from lorafold.models.load import LoadedModel
+from lorafold.quant.linear import QuantLinear
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # PEFT's name for the model inside its wrapper
+_UNSUPPORTED = {  # PEFT options that change what the tensors mean -> the value under which they change nothing
+    "use_dora": False,
+    "use_qalora": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "fan_in_fan_out": False,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+}
+
+
+def save_adapter(folder: Path, loaded: LoadedModel, spec: AdapterSpec, name: str = "default") -> None:
+    """Write the adapter `name` of a model; the folder appears whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    state = adapter_state(loaded.model, name)
+    layers = [path for path, layer in adapted_layers(loaded.model) if name in layer.adapters]
+    config: dict[str, Any] = {
+        "peft_type": "LORA" if spec.method == "lora" else "QA_LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(loaded.path),
+        "r": spec.r,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.lora_dropout,
+        "target_modules": _target_names(loaded.model, layers),
+        "use_rslora": spec.use_rslora,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    header = {"format": "pt", "base_weights_sha256": loaded.weights_hash()}
+    if spec.method == "qa-lora":
+        adapter = next(layer.adapters[name] for _, layer in adapted_layers(loaded.model) if name in layer.adapters)
+        assert isinstance(adapter, GroupAdapter)
+        header |= {"pooling_divisor": repr(adapter.pooling_divisor), "group_size": str(adapter.group_size)}
+    tensors = {_file_key(key): value.detach().cpu().contiguous() for key, value in state.items()}
+    write_adapter_folder(folder, config, tensors, header)
+
+
+def write_adapter_folder(
+    folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], header: dict[str, str]
+) -> None:
+    """Write the two files of an adapter folder."""
+    with replacing_folder(folder) as temporary:
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        try:
+            save_file(tensors, temporary / WEIGHTS, metadata=header)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def _target_names(model: nn.Module, layers: list[str]) -> list[str]:
+    """Last parts of the layer names where these mean exactly the adapted layers, otherwise the whole names."""
+    endings = sorted({path.rpartition(".")[2] for path in layers})
+    meant = {path for path in linear_layers(model) if path.rpartition(".")[2] in endings}
+    return endings if meant == set(layers) else sorted(layers)
+
+
+def _file_key(key: str) -> str:
+    return f"{_PREFIX}{key}.weight" if key.endswith(("lora_A", "lora_B")) else f"{_PREFIX}{key}"
+
+
+def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
+    """The spec an adapter folder states, and the whole configuration.
+
+    Raises:
+        AdapterError: no adapter lies there, or it uses what is not supported; all of it is named.
+    """
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise AdapterError(f"{folder} is not an adapter folder: it lacks {' and '.join(missing)}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = {"LORA": "lora", "QA_LORA": "qa-lora"}.get(config.get("peft_type"))
+    except (ValueError, AttributeError) as error:
+        raise AdapterError(f"{folder / CONFIG} is not a JSON object: {error}") from None
+    faults = [] if kind else [f"peft_type {config.get('peft_type')!r} (LORA and QA_LORA are)"]
+    for key, neutral in _UNSUPPORTED.items():
+        if config.get(key, neutral) not in (neutral, None, [], {}):
+            faults.append(f"{key}: {config[key]!r}")
+    if faults:
+        raise AdapterError(f"{folder} uses what is not supported yet:\n" + bullet_list(faults))
+    try:
+        spec = AdapterSpec(
+            method=kind,  # type: ignore[arg-type]
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            lora_dropout=config.get("lora_dropout", 0.0),
+            use_rslora=config.get("use_rslora", False),
+        )
+    except (KeyError, TypeError, ConfigError) as error:
+        raise AdapterError(f"{folder / CONFIG} is incomplete or impossible: {error}") from None
+    return spec, config
+
+
+def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> Injection:
+    """Put the adapter of a folder, ours or PEFT's, on a model and make it active.
+
+    Raises:
+        AdapterError: the base weights differ from those it was trained on, or tensors are missing, unexpected or of
+            the wrong shape; all faults are in one message and the model is left as it was.
+    """
+    spec, config = read_spec(folder)
+    tensors, header = _read_tensors(folder / WEIGHTS)
+    layers = linear_layers(loaded.model)
+    faults = _base_faults(loaded, header)
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        path, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        if not key.startswith(_PREFIX) or path not in layers or part not in ("lora_A", "lora_B", "offset_delta"):
+            faults.append(f"unexpected tensor {key}")
+        else:
+            grouped.setdefault(path, {})[part] = value
+    faults += [f"no tensors for the target {t!r}" for t in _unmet_targets(config, grouped)]
+    built: dict[str, LoRA | GroupAdapter] = {}
+    for path, parts in grouped.items():
+        layer_spec = _layer_spec(spec, config, path)
+        if layer_spec.method == "qa-lora" and not isinstance(layers[path], QuantLinear):
+            faults.append(f"{path} is not quantized, and the adapter trains quantization offsets")
+            continue
+        adapter = make_adapter(layers[path], layer_spec)
+        faults += _fill(adapter, parts, path)
+        built[path] = adapter
+    if faults:
+        listing = bullet_list(faults[:12] + ([f"and {len(faults) - 12} more"] if len(faults) > 12 else []))
+        raise AdapterError(f"the adapter {folder} does not fit {loaded.path}:\n{listing}")
+    result = Injection(list(built), trainable=sum(t.numel() for t in tensors.values()))
+    if spec.method == "qa-lora":
+        prepare_group_bases(layers, list(built), result)
+    for path, adapter in built.items():
+        attach(loaded.model, path, adapter.requires_grad_(False), name)
+    return result
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from None
+
+
+def _base_faults(loaded: LoadedModel, header: Mapping[str, str]) -> list[str]:
+    wanted = header.get("base_weights_sha256")  # absent in adapters that PEFT wrote
+    if wanted is None or wanted == loaded.weights_hash():
+        return []
+    return [
+        f"it was trained on other base weights (sha256 {wanted[:12]}..., these are {loaded.weights_hash()[:12]}...)"
+    ]
+
+
+def _unmet_targets(config: Mapping[str, Any], grouped: Mapping[str, Any]) -> list[str]:
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        return [] if grouped else [str(targets)]
+    return [t for t in targets if not any(path == t or path.endswith(f".{t}") for path in grouped)]
+
+
+def _layer_spec(spec: AdapterSpec, config: Mapping[str, Any], path: str) -> AdapterSpec:
+    """The spec with PEFT's `rank_pattern` and `alpha_pattern` applied to one layer."""
+    rank = _from_pattern(config.get("rank_pattern"), path, spec.r)
+    return replace(spec, r=rank, lora_alpha=_from_pattern(config.get("alpha_pattern"), path, spec.lora_alpha))
+
+
+def _from_pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+@torch.no_grad()
+def _fill(adapter: nn.Module, parts: Mapping[str, Tensor], path: str) -> list[str]:
+    faults = []
+    own = dict(adapter.named_parameters())
+    faults += [f"unexpected tensor {path}.{key}" for key in parts if key not in own]
+    for key, parameter in own.items():
+        if key not in parts:
+            faults.append(f"missing tensor {path}.{key}")
+        elif parts[key].shape != parameter.shape:
+            faults.append(f"{path}.{key} has shape {list(parts[key].shape)}, the base needs {list(parameter.shape)}")
+        elif not torch.isfinite(parts[key]).all():
+            faults.append(f"{path}.{key} holds numbers that are not finite")
+        else:
+            parameter.copy_(parts[key])
+    return faults

@@ -1,0 +1,102 @@
+"""Causal attention over rows laid end to end, without padding and without a mask over the whole pack.
+
+Registered with transformers under the name `lorafold`; the lengths of the rows arrive as the keyword
+`segments`, which transformers hands through to the attention function untouched. Each row attends to itself only.
+Short rows take two matrix products and a softmax, which on a CPU is faster than the flash kernel (whose
+backward pass costs 2 to 4 times as much below about 512 tokens); long rows take the flash kernel.
+"""
+
+# H query heads, K key-value heads, T tokens of a row, D head width
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+NAME = "lorafold"
+_PLAIN_TOKENS = 640  # the longest row that takes the plain path on a CPU
+_MASK_TOKENS = 640  # the longest row whose mask is kept
+
+
+def packed_attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    scaling: float,
+    segments: list[int] | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each segment of a pack.
+
+    Args:
+        query: [1, H, N, D] with N the sum of the segments; key and value: [1, K, M, D], M >= N where a
+            cache holds earlier tokens (then there is one segment).
+        segments: lengths of the rows, in order; None for a single row.
+        sliding_window: how many tokens back a token sees, itself included.
+
+    Returns:
+        [1, N, H, D] and None (no attention weights).
+    """
+    if query.shape[0] != 1:
+        raise ValueError(f"rows are packed into a batch of one, this batch has {query.shape[0]}")
+    lengths = segments or [query.shape[2]]
+    if sum(lengths) != query.shape[2]:
+        raise ValueError(f"the segments have {sum(lengths)} tokens in all, the pack has {query.shape[2]}")
+    if len(lengths) == 1:
+        return _attend(query[0], key[0], value[0], scaling, sliding_window)[None], None
+    parts = (tensor[0].split(lengths, dim=1) for tensor in (query, key, value))
+    rows = [_attend(q, k, v, scaling, sliding_window) for q, k, v in zip(*parts, strict=True)]
+    return torch.cat(rows)[None], None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+    """One row: q [H, T, D], k and v [K, M, D] -> [T, H, D]."""
+    heads, tokens, width = q.shape
+    kv_heads, seen, _ = k.shape
+    windowed = window is not None and seen > window
+    if q.device.type != "cpu" or tokens > _PLAIN_TOKENS:
+        mask = _mask(tokens, seen, window if windowed else None, torch.bool, q.device)
+        causal = tokens == seen and not windowed
+        out = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], None if causal else mask, is_causal=causal, scale=scaling, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+    grouped = q.reshape(kv_heads, heads // kv_heads * tokens, width)  # the query heads that share a key head
+    scores = torch.bmm(grouped * scaling, k.transpose(1, 2)).view(heads, tokens, seen)
+    if tokens > 1 or windowed:
+        scores = scores + _mask(tokens, seen, window if windowed else None, q.dtype, q.device)
+    weights = scores.softmax(-1).view(kv_heads, -1, seen)
+    return torch.bmm(weights, v).view(heads, tokens, width).transpose(0, 1)
+
+
+def _mask(tokens: int, seen: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[tokens, seen]: True or 0 where a token may look, False or -inf elsewhere; the last tokens of `seen` look."""
+    if seen <= _MASK_TOKENS:
+        return _corner(window, dtype, device)[seen - tokens : seen, :seen]
+    return _build_mask(seen - tokens, seen, window, dtype, device)
+
+
+@lru_cache(maxsize=8)
+def _corner(window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The mask of the longest cached row, of which shorter rows use a corner."""
+    return _build_mask(0, _MASK_TOKENS, window, dtype, device)
+
+
+def _build_mask(first: int, seen: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a mask made while evaluating is used again in training
+        distance = torch.arange(first, seen, device=device)[:, None] - torch.arange(seen, device=device)
+        visible = (distance >= 0) & (distance < (window or seen))
+        if dtype == torch.bool:
+            return visible
+        return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, float("-inf"))
+
+
+AttentionInterface.register(NAME, packed_attention)

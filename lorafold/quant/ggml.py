@@ -1,0 +1,178 @@
+"""The block formats of ggml: what 32 consecutive weights of a row look like in a GGUF file.
+
+A block decodes to  w = scale * (code - zero) + offset.  Formats with a stored offset (Q4_1, Q5_1) can
+take a QA-LoRA update exactly; the others have offset = 0 and a fixed zero.
+
+Source: ggml-common.h (block layouts) and ggml-quants.c (reference quantizers) of llama.cpp. Every
+function here is plain torch and serves as the oracle for the faster kernels in `kernels.py`; decode
+and encode equal gguf-py's bit for bit.
+"""
+
+# O output rows, G groups in a row, 32 weights in a group
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafold.quant import kernels
+
+GROUP = 32
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One block format.
+
+    Attributes:
+        name: ggml's name of the type.
+        ggml_type: ggml's number of the type, as in a GGUF tensor table.
+        bits: bits of a code.
+        block_bytes: bytes of a block of 32 weights.
+        zero: the code that stands for zero in formats without a stored offset.
+        affine: whether a float16 offset is stored beside the scale.
+        promotes_to: the affine format that holds the same weights exactly, if any.
+    """
+
+    name: str
+    ggml_type: int
+    bits: int
+    block_bytes: int
+    zero: int = 0
+    affine: bool = False
+    promotes_to: str | None = None
+    group_size: int = GROUP
+
+    @property
+    def codes_at(self) -> int:
+        """Byte at which the codes begin: after the float16 scale and, if there is one, the offset."""
+        return 4 if self.affine else 2
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage per weight, parameters included."""
+        return self.block_bytes * 8 / self.group_size
+
+    def scale(self, blocks: Tensor) -> Tensor:
+        """Scales float32 [O, G] of uint8 blocks [O, G, block_bytes]."""
+        return _read_half(blocks, 0)
+
+    def offset(self, blocks: Tensor) -> Tensor:
+        """Offsets float32 [O, G]; -0.0 where none is stored, which adds nothing and keeps the sign of zeros."""
+        if self.affine:
+            return _read_half(blocks, 2)
+        return torch.full(blocks.shape[:2], -0.0, device=blocks.device)
+
+    def codes(self, blocks: Tensor) -> Tensor:
+        """Codes [O, G, 32], unsigned 8-bit (signed for Q8_0)."""
+        at = self.codes_at
+        if self.bits == 8:
+            return blocks[..., at:].contiguous().view(torch.int8)
+        high = None
+        if self.bits == 5:
+            bit = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+            high = ((blocks[..., at : at + 4, None] >> bit) & 1).flatten(-2)
+            at += 4
+        packed = blocks[..., at:]
+        codes = torch.cat([packed & 15, packed >> 4], dim=-1)
+        return codes if high is None else codes | (high << 4)
+
+    def assemble(self, scale: Tensor, offset: Tensor, codes: Tensor) -> Tensor:
+        """Blocks [O, G, block_bytes] from scale and offset [O, G] (rounded to float16) and codes [O, G, 32]."""
+        parts = [_write_half(scale)]
+        if self.affine:
+            parts.append(_write_half(offset))
+        if self.bits == 8:
+            parts.append(codes.to(torch.int8).view(torch.uint8))
+        else:
+            codes = codes.to(torch.uint8)
+            if self.bits == 5:
+                weights = 1 << torch.arange(8, device=codes.device)
+                high = (codes >> 4).unflatten(-1, (4, 8)).long()
+                parts.append((high * weights).sum(-1).to(torch.uint8))
+            low = codes & 15
+            parts.append(low[..., :16] | (low[..., 16:] << 4))
+        return torch.cat(parts, dim=-1)
+
+    def move_offset(self, stored: Tensor, update: Tensor) -> Tensor:
+        """Offsets [O, G] as the file can store them: stored + update, rounded to float16.
+
+        Where the update is zero the result is the stored number itself, bit for bit. The gradient passes to the
+        update straight through the rounding.
+        """
+        moved: Tensor = _MoveRounded.apply(stored, update)  # type: ignore[assignment]
+        return moved
+
+    def with_offset(self, blocks: Tensor, offset: Tensor) -> Tensor:
+        """A copy of the blocks in which only the offsets are other: float32 [O, G], already rounded."""
+        if not self.affine:
+            raise ValueError(f"{self.name} stores no offset")
+        blocks = blocks.clone()
+        blocks[..., 2:4] = _write_half(offset)
+        return blocks
+
+    def decode(self, blocks: Tensor, dtype: torch.dtype = torch.float32, offset: Tensor | None = None) -> Tensor:
+        """Dense [O, 32 G] in `dtype`; computed in float32 and rounded once. A kernel does it where one exists."""
+        scale = self.scale(blocks)
+        offset = self.offset(blocks) if offset is None else offset
+        if kernels.usable(blocks, dtype):
+            return kernels.decode(blocks, scale, offset, self.bits, self.zero, self.codes_at, dtype)
+        return self.decode_reference(blocks, scale, offset, dtype)
+
+    def decode_reference(self, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `decode` computes, in torch operations."""
+        codes = self.codes(blocks).float() - self.zero
+        return (codes * scale[..., None] + offset[..., None]).flatten(1).to(dtype)
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Blocks of the dense matrix [O, 32 G], by ggml's reference quantizer (quantize_row_*_ref)."""
+        groups = weight.float().unflatten(1, (-1, GROUP))
+        if self.affine:
+            low, high = groups.amin(-1), groups.amax(-1)
+            scale, shift, offset = (high - low) / ((1 << self.bits) - 1), 0.5, low
+        else:
+            # ggml keeps the sign of the entry of largest magnitude: it becomes the most negative code
+            peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+            offset = torch.zeros_like(peak)
+            scale, shift = (peak.abs() / 127, 0.0) if self.bits == 8 else (peak / -self.zero, self.zero + 0.5)
+        inverse = torch.where(scale == 0, 0.0, 1 / scale)
+        scaled = (groups - offset[..., None]) * inverse[..., None]
+        if self.bits == 8:
+            whole = scaled.abs().floor()
+            codes = scaled.sign() * (whole + (2 * (scaled.abs() - whole)).floor())  # C's roundf: halves go outward
+        else:
+            codes = (scaled + shift).trunc().clamp(0, (1 << self.bits) - 1)
+        return self.assemble(scale, offset, codes)
+
+
+class _MoveRounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stored: Tensor, update: Tensor) -> Tensor:  # noqa: ARG004
+        return torch.where(update == 0, stored, (stored + update).half().float())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:  # noqa: ARG004
+        return None, grads[0]
+
+
+def _read_half(blocks: Tensor, at: int) -> Tensor:
+    return blocks[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1).float()
+
+
+def _write_half(values: Tensor) -> Tensor:
+    return values.half().unsqueeze(-1).view(torch.uint8)
+
+
+CODECS = {
+    codec.name: codec
+    for codec in (
+        Codec("Q4_0", 2, bits=4, block_bytes=18, zero=8, promotes_to="Q4_1"),
+        Codec("Q4_1", 3, bits=4, block_bytes=20, affine=True),
+        Codec("Q5_0", 6, bits=5, block_bytes=22, zero=16, promotes_to="Q5_1"),
+        Codec("Q5_1", 7, bits=5, block_bytes=24, affine=True),
+        Codec("Q8_0", 8, bits=8, block_bytes=34),
+    )
+}

@@ -1,0 +1,143 @@
+"""Layers whose weights stay packed: decoded when they are needed and forgotten at once.
+
+Forward:   Y = X W^T,  W = decode(blocks, offset)
+Backward:  dX = dY W (decoded a second time), and for affine formats with a trained offset
+           dOffset = dY^T pooled(X),  pooled(X)[t, g] = sum of X[t, j] over j in group g,
+so of the input only the pooled sums are kept, 1/32 of it, and no dense weight survives a layer.
+"""
+
+# T tokens (all leading dimensions flattened), I input features, O output features, G groups in a row
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorafold.quant.weight import QuantizedWeight
+
+
+class _PackedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offset: Tensor | None, weight: QuantizedWeight) -> Tensor:
+        ctx.weight = weight
+        pooled = None
+        if offset is not None and offset.requires_grad:
+            pooled = x.unflatten(-1, (-1, weight.format.group_size)).sum(-1)
+        ctx.save_for_backward(offset, pooled)
+        return F.linear(x, weight.decode(x.dtype, offset))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (dy,) = grads
+        offset, pooled = ctx.saved_tensors
+        dx = dy @ ctx.weight.decode(dy.dtype, offset) if ctx.needs_input_grad[0] else None
+        d_offset = None
+        if ctx.needs_input_grad[1]:
+            d_offset = (dy.reshape(-1, dy.shape[-1]).T @ pooled.reshape(-1, pooled.shape[-1])).float()
+        return dx, d_offset, None
+
+
+class _Packed(nn.Module):
+    """A module around one packed matrix; `.to(device)` moves its blocks, casts leave them alone."""
+
+    blocks: Tensor
+
+    def __init__(self, weight: QuantizedWeight):
+        super().__init__()
+        self.codec = weight.codec
+        self.shape = weight.shape
+        self.register_buffer("blocks", weight.blocks, persistent=False)
+
+    @property
+    def packed(self) -> QuantizedWeight:
+        """The matrix as stored."""
+        return QuantizedWeight(self.codec, self.shape, self.blocks)
+
+    @packed.setter
+    def packed(self, weight: QuantizedWeight) -> None:
+        self.codec, self.shape, self.blocks = weight.codec, weight.shape, weight.blocks
+
+
+class QuantLinear(_Packed):
+    """A linear layer [in -> out] on a packed weight; the bias, if any, is an ordinary frozen tensor."""
+
+    bias: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None):
+        super().__init__(weight)
+        self.register_buffer("bias", bias, persistent=False)
+        self._keep_dense = False
+        self._dense: Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.shape[1]
+
+    def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        """Y [..., out] for X [..., in]; `offset` [out, groups] stands in for the stored offsets."""
+        if self._keep_dense:
+            if self._dense is None:
+                self._dense = self.packed.decode(x.dtype, offset)
+            y = F.linear(x, self._dense)
+        else:
+            y = _PackedMatmul.apply(x, offset, self.packed)  # type: ignore[assignment]
+        bias = self.bias
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown when the model is printed."""
+        return f"{self.in_features} -> {self.out_features}, {self.codec}"
+
+
+class QuantEmbedding(_Packed):
+    """A lookup table [vocabulary, width] of which only the rows asked for are decoded.
+
+    Args:
+        weight: the packed table.
+        dtype: of the vectors returned.
+        scale: multiplied with every vector (Gemma: sqrt(width)).
+    """
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, scale: float = 1.0):
+        super().__init__(weight)
+        self.dtype = dtype
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Vectors [..., width] of the token ids."""
+        if ids.numel() and int(ids.min()) < 0:
+            raise IndexError("a token id is negative")
+        rows = self.packed.rows(ids.flatten()).decode(self.dtype)
+        rows = rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype)
+        return rows.view(*ids.shape, self.shape[1])
+
+    def extra_repr(self) -> str:
+        """Shown when the model is printed."""
+        return f"{self.shape[0]} x {self.shape[1]}, {self.codec}"
+
+
+@contextlib.contextmanager
+def decoded_once(model: nn.Module) -> Iterator[None]:
+    """Inside, packed layers decode at their first use and keep the dense weight: for generation, token by token.
+
+    Parameters and the active adapter must not change inside, and nothing is differentiated.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    for layer in layers:
+        layer._keep_dense = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._keep_dense, layer._dense = False, None

@@ -1,0 +1,197 @@
+"""Put a run's adapter back into the base's own format, and say what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lorafold.adapters.fold import (
+    LEAST_KEPT,
+    LayerFold,
+    base_weight,
+    fold,
+    kept_fraction,
+    merged_weight,
+    requantize,
+)
+from lorafold.adapters.inject import adapted_layers
+from lorafold.errors import FoldError, bullet_list
+from lorafold.files import replacing_folder
+from lorafold.models.adapter_files import load_adapter
+from lorafold.models.gguf_file import DENSE
+from lorafold.models.gguf_write import file_order, write_gguf
+from lorafold.models.load import LoadedModel, load
+from lorafold.quant.ggml import CODECS
+from lorafold.runs.folder import Run
+
+DENSE_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+TARGETS = (*DENSE_TYPES, *(name.lower() for name in CODECS))
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What a fold did.
+
+    Attributes:
+        kind: `exact` (the trained weights themselves), `near` (rounded, 99 % kept) or `lossy`.
+        layers: matrices written.
+        kept: smallest share of a layer's update that survived.
+        mean_kept: the same over all layers, weighted alike.
+        error_steps: largest rounding error, in quantization steps (nan for dense types).
+        size_before, size_after: bytes of base and result.
+    """
+
+    kind: str
+    layers: int
+    kept: float
+    mean_kept: float
+    error_steps: float
+    size_before: int
+    size_after: int
+
+    def describe(self) -> str:
+        """One sentence."""
+        grown = self.size_after - self.size_before
+        size = "same size" if not grown else f"{grown:+,} bytes"
+        what = {
+            "exact": "the file holds the trained weights exactly",
+            "near": f"every layer keeps {self.kept:.2%} of its update or more",
+            "lossy": f"{self.mean_kept:.1%} of the update is left on average, {self.kept:.1%} in the worst layer",
+        }[self.kind]
+        return f"{self.kind} fold of {self.layers} layers, {size}: {what}"
+
+
+def load_trained(run: Run, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
+    """The base model with the run's adapter active.
+
+    Raises:
+        FormatError, AdapterError: the base is gone, or its weights are not those of the run.
+    """
+    loaded = load(run.config.model, dtype, device)
+    load_adapter(loaded, run.adapter)
+    return loaded
+
+
+def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -> FoldReport:
+    """Write the model with the run's adapter merged in.
+
+    Args:
+        path: a GGUF file, or a folder when the base is a transformers folder.
+        to: a type of `TARGETS`; None keeps the base's own, which is exact for QA-LoRA.
+        lossy: allow a result that keeps less than 99 % of the update.
+
+    Raises:
+        FoldError: the update has no exact place and `lossy` was not given; the message says what there is instead.
+        OutputError: the output cannot be written; nothing is left behind.
+    """
+    loaded = load_trained(run)
+    if loaded.gguf is None:
+        return _fold_folder(loaded, path, to, lossy)
+    if to is None and run.config.adapter.method == "qa-lora":
+        folds = fold(loaded.model)
+        report = _packed_report("exact", folds, loaded)
+        replaced = {loaded.bindings[f.name].tensor: _entry(loaded, f) for f in folds}
+    elif to in DENSE_TYPES:
+        replaced, report = _dense_tensors(loaded, to, lossy)
+    else:
+        if to is None and not lossy:
+            fold(loaded.model)  # says that LoRA has no exact place, and what there is instead
+        folds = requantize(loaded.model, to.upper() if to else None)
+        report = _packed_report("lossy", folds, loaded)
+        _refuse_loss(report, lossy)
+        replaced = {loaded.bindings[f.name].tensor: _entry(loaded, f) for f in folds}
+    write_gguf(loaded.gguf, replaced, path)
+    return _sized(report, path)
+
+
+def _entry(loaded: LoadedModel, result: LayerFold) -> tuple[str, np.ndarray]:
+    return result.weight.codec, file_order(result.weight, loaded.bindings[result.name])
+
+
+def _packed_report(kind: str, folds: list[LayerFold], loaded: LoadedModel) -> FoldReport:
+    kept = [f.kept for f in folds]
+    return FoldReport(
+        "near" if kind == "lossy" and min(kept) >= LEAST_KEPT else kind,
+        len(folds),
+        min(kept),
+        sum(kept) / len(kept),
+        max(f.error_steps for f in folds),
+        loaded.path.stat().st_size,
+        0,
+    )
+
+
+def _sized(report: FoldReport, path: Path) -> FoldReport:
+    size = sum(f.stat().st_size for f in path.iterdir()) if path.is_dir() else path.stat().st_size
+    return FoldReport(**{**report.__dict__, "size_after": size})
+
+
+def _refuse_loss(report: FoldReport, lossy: bool) -> None:
+    if report.kind == "lossy" and not lossy:
+        raise FoldError(
+            f"this fold would keep {report.mean_kept:.1%} of the update on average ({report.kept:.1%} in the worst "
+            "layer); pass --lossy to write it all the same, or choose --to f16"
+        )
+
+
+@torch.no_grad()
+def _dense_tensors(loaded: LoadedModel, to: str, lossy: bool) -> tuple[dict[str, tuple[str, np.ndarray]], FoldReport]:
+    """The adapted matrices as plain numbers, in file order."""
+    replaced, kept, faults = {}, [], []
+    for path, layer in adapted_layers(loaded.model):
+        weight = merged_weight(layer)
+        stored = weight.to(DENSE_TYPES[to])
+        if not torch.isfinite(stored).all():
+            faults.append(f"{path}: a weight is beyond {to}")
+            continue
+        before = base_weight(layer.base)
+        kept.append(kept_fraction(stored.float() - before, weight - before))
+        order = loaded.bindings[path].row_order
+        data = (stored if order is None else stored[order.argsort()]).contiguous().view(torch.uint8)
+        replaced[loaded.bindings[path].tensor] = (to.upper(), data.numpy())
+        assert to.upper() in DENSE
+    if faults:
+        raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults))
+    report = _dense_report(kept, loaded.path.stat().st_size)
+    _refuse_loss(report, lossy)
+    return replaced, report
+
+
+def _dense_report(kept: list[float], size: int) -> FoldReport:
+    kind = "near" if min(kept) >= LEAST_KEPT else "lossy"
+    return FoldReport(kind, len(kept), min(kept), sum(kept) / len(kept), float("nan"), size, 0)
+
+
+@torch.no_grad()
+def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> FoldReport:
+    """Merge a LoRA run into a copy of a transformers folder, each weight in the type it had."""
+    if to not in (None, *DENSE_TYPES):
+        raise FoldError(f"a transformers folder is written in {', '.join(DENSE_TYPES)}, not {to}")
+    layers = {f"{name}.weight": layer for name, layer in adapted_layers(loaded.model)}
+    kept: list[float] = []
+    with replacing_folder(path) as temporary:
+        for source in sorted(loaded.path.iterdir()):
+            if source.is_file() and source.suffix != ".safetensors":
+                (temporary / source.name).write_bytes(source.read_bytes())
+        for source in sorted(loaded.path.glob("*.safetensors")):
+            with safe_open(source, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                header = file.metadata()
+            for key in tensors.keys() & layers.keys():
+                layer = layers.pop(key)
+                wanted = merged_weight(layer)
+                tensors[key] = wanted.to(DENSE_TYPES[to] if to else tensors[key].dtype)
+                before = base_weight(layer.base)
+                kept.append(kept_fraction(tensors[key].float() - before, wanted - before))
+            save_file(tensors, temporary / source.name, metadata=header)
+        if layers:
+            raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(layers)[:5]))
+        size = sum(f.stat().st_size for f in loaded.path.iterdir() if f.is_file())
+        report = _dense_report(kept, size)
+        _refuse_loss(report, lossy)
+    return _sized(report, path)

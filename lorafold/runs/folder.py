@@ -1,0 +1,123 @@
+"""A run folder: everything needed to repeat, explain and undo a run.
+
+config.yaml     every option, resolved
+metrics.jsonl   one line per step or evaluation
+samples.jsonl   prompts with the reference and the model's words before and after
+summary.json    the figures, and the hashes of base and data
+adapter/        adapter_config.json, adapter_model.safetensors
+report.html     loss curve and samples
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorafold.config import RunConfig
+from lorafold.errors import ConfigError, bullet_list
+from lorafold.files import OutputError, check_output, write_text
+
+CONFIG, METRICS, SAMPLES, SUMMARY, ADAPTER, REPORT = (
+    "config.yaml",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "summary.json",
+    "adapter",
+    "report.html",
+)
+
+
+class RunFolder:
+    """A run folder being written.
+
+    Args:
+        path: must not exist, or be an empty folder.
+
+    Raises:
+        OutputError: the folder holds something already or cannot be made.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        check_output(path, overwrite=path.is_dir() and not any(path.iterdir()))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._metrics = (path / METRICS).open("w", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+
+    def config(self, config: RunConfig) -> None:
+        """Write `config.yaml`."""
+        write_text(self.path / CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+
+    def metric(self, **values: Any) -> None:
+        """Append a line to `metrics.jsonl`; it reaches the disk at once."""
+        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+
+    def samples(self, samples: list[dict[str, str]]) -> None:
+        """Write `samples.jsonl`."""
+        text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_text(self.path / SAMPLES, text)
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Write `summary.json`."""
+        write_text(self.path / SUMMARY, json.dumps(values, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Close `metrics.jsonl`."""
+        self._metrics.close()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read back.
+
+    Attributes:
+        path: the folder.
+        config: its options.
+        metrics: the lines of `metrics.jsonl`.
+        samples: the lines of `samples.jsonl`.
+        summary: the figures; empty when the run did not finish.
+    """
+
+    path: Path
+    config: RunConfig
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, str]]
+    summary: dict[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the trained adapter."""
+        return self.path / ADAPTER
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        ConfigError: it is not one, or its files are damaged; all faults are named.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"no run folder at {path}; `lorafold train` writes one (--output-dir)")
+    faults = [f"{name} is missing" for name in (CONFIG, ADAPTER) if not (path / name).exists()]
+    if faults:
+        raise ConfigError(f"{path} is not a finished run folder:\n" + bullet_list(faults))
+    try:
+        values = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8")) if (path / SUMMARY).exists() else {}
+        config = RunConfig.from_dict(values)
+        return Run(path, config, _lines(path / METRICS), _lines(path / SAMPLES), summary)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

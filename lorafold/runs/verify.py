@@ -1,0 +1,214 @@
+"""Prove that a file is what was trained: every check recomputes from base, adapter and file alone."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lorafold.adapters.fold import fold
+from lorafold.adapters.inject import AdaptedLinear, adapted_layers, set_active
+from lorafold.data.tokens import Tokens
+from lorafold.errors import ConfigError
+from lorafold.evals.compare import Agreement, agreement
+from lorafold.evals.llama_cpp import LlamaCpp
+from lorafold.models.exports import export_gguf_adapter
+from lorafold.models.gguf_file import GGUFFile
+from lorafold.models.gguf_write import file_order
+from lorafold.models.load import LoadedModel, load
+from lorafold.quant.linear import QuantLinear
+from lorafold.runs.display import Display
+from lorafold.runs.fold import load_trained
+from lorafold.runs.folder import Run
+
+RUNTIME_TOKENS = 2000  # predictions compared in llama.cpp
+_FILE_TYPE = "general.file_type"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a proof.
+
+    Attributes:
+        name: what was compared.
+        passed: the outcome; None where the check does not apply.
+        detail: the figures.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+def verify_file(path: Path, run: Run) -> list[Check]:
+    """Checks that need no runtime, on a folded GGUF file.
+
+    Raises:
+        ConfigError: the run was not trained with QA-LoRA on a GGUF file, so there is no exact file to compare with.
+        FormatError, AdapterError: the file, the base or the adapter cannot be read.
+    """
+    trained = load_trained(run)
+    if trained.gguf is None or run.config.adapter.method != "qa-lora":
+        raise ConfigError("verify proves exact folds, which a qa-lora run on a GGUF base has; this run has none")
+    base, file = trained.gguf, GGUFFile(path)
+    folded = {trained.bindings[f.name].tensor: f for f in fold(trained.model)}
+    return [
+        _same_layout(base, file, {tensor: f.weight.codec for tensor, f in folded.items()}),
+        _trained_weights(trained, file),
+        _zero_adapter(trained),
+        _untouched(base, file, set(folded)),
+        _metadata(base, file),
+    ]
+
+
+def _same_layout(base: GGUFFile, file: GGUFFile, codecs: dict[str, str]) -> Check:
+    expected = {name: (codecs.get(name, info.type), info.shape) for name, info in base.tensors.items()}
+    actual = {name: (info.type, info.shape) for name, info in file.tensors.items()}
+    promoted = sum(codecs.get(name, info.type) != info.type for name, info in base.tensors.items())
+    sizes = f"{base.path.stat().st_size:,} bytes before, {file.path.stat().st_size:,} after"
+    return Check("same tensors, types and shapes", expected == actual, f"{promoted} promoted; {sizes}")
+
+
+@torch.no_grad()
+def _trained_weights(trained: LoadedModel, file: GGUFFile) -> Check:
+    """Largest difference between the file's decoded weights and those of the training forward pass."""
+    stored = load(file.path)
+    worst, count = 0.0, 0
+    for path, layer in adapted_layers(trained.model):
+        other = stored.model.get_submodule(path)
+        assert isinstance(layer.base, QuantLinear)
+        if not isinstance(other, QuantLinear) or other.shape != layer.base.shape:
+            return Check("decoded file = training weights", False, f"{path} has another format in the file")
+        for dtype in (torch.float32, torch.bfloat16):
+            ours, theirs = layer.base.packed.decode(dtype, layer.offset()), other.packed.decode(dtype)
+            worst = max(worst, float((ours.float() - theirs.float()).abs().max()))
+        count += ours.numel()
+    return Check("decoded file = training weights", worst == 0, f"largest difference {worst:g} over {count:,} weights")
+
+
+@torch.no_grad()
+def _zero_adapter(trained: LoadedModel) -> Check:
+    """Folding an adapter of zeros must give the base back: the same bytes, or after promotion the same weights."""
+    assert trained.gguf is not None
+    different = []
+    for path, layer in adapted_layers(trained.model):
+        if not _zero_fold_is_base(trained, path, layer):
+            different.append(path)
+    detail = f"{len(different)} layers differ" if different else "every adapted tensor is byte-identical to the base"
+    return Check("zero adapter = base", not different, detail)
+
+
+def _zero_fold_is_base(trained: LoadedModel, path: str, layer: AdaptedLinear) -> bool:
+    assert trained.gguf is not None
+    assert isinstance(layer.base, QuantLinear)
+    packed, binding = layer.base.packed, trained.bindings[path]
+    codec = packed.format
+    unchanged = type(packed)(packed.codec, packed.shape, codec.with_offset(packed.blocks, codec.offset(packed.blocks)))
+    info = trained.gguf.tensors[binding.tensor]
+    if info.type == packed.codec:
+        return bool(np.array_equal(file_order(unchanged, binding).reshape(-1), trained.gguf.raw(binding.tensor)))
+    original = type(packed)(info.type, packed.shape, torch.from_numpy(trained.gguf.blocks(binding.tensor)))
+    if binding.row_order is not None:
+        original = original.rows(binding.row_order)
+    return torch.equal(original.decode(), unchanged.decode())
+
+
+def _untouched(base: GGUFFile, file: GGUFFile, adapted: set[str]) -> Check:
+    names = [name for name in base.tensors if name not in adapted]
+    changed = [n for n in names if n not in file.tensors or _sha(base.raw(n)) != _sha(file.raw(n))]
+    detail = f"{len(names)} tensors, {len(changed)} changed" + (f": {', '.join(changed[:3])}" if changed else "")
+    return Check("untouched tensors: same sha256", not changed, detail)
+
+
+def _metadata(base: GGUFFile, file: GGUFFile) -> Check:
+    ours, theirs = (_sha(f.section(f.kv_start, f.kv_end)) for f in (base, file))
+    if ours == theirs:
+        return Check("key-value section: same sha256", True, ours[:16])
+    changed = [key for key in base.metadata if base.metadata[key] != file.metadata.get(key)]
+    changed += [key for key in file.metadata if key not in base.metadata]
+    promoted = any(base.tensors[n].type != info.type for n, info in file.tensors.items() if n in base.tensors)
+    only_type = promoted and changed == [_FILE_TYPE]
+    return Check("key-value section: same sha256", only_type, "changed: " + ", ".join(changed))
+
+
+def _sha(data: np.ndarray) -> str:
+    return hashlib.sha256(data.data).hexdigest()
+
+
+@dataclass(frozen=True)
+class RuntimeProof:
+    """Agreement of torch and llama.cpp, before and after.
+
+    Attributes:
+        null: the base model against the untouched base file: how well the runtime can agree at all.
+        folded: the trained model against the folded file.
+        adapter: the trained model against the base file with the exported adapter applied at run time.
+    """
+
+    null: Agreement
+    folded: Agreement | None
+    adapter: Agreement | None
+
+    def checks(self) -> list[Check]:
+        """The proof as lines."""
+        lines = [Check("llama.cpp, null run", None, _figures(self.null))]
+        for name, found in (("folded file", self.folded), ("adapter at run time", self.adapter)):
+            if found is not None:
+                broken = found.as_close_as(self.null)
+                lines.append(Check(f"llama.cpp, {name}", not broken, "; ".join([_figures(found), *broken])))
+        return lines
+
+
+def _figures(a: Agreement) -> str:
+    return (
+        f"{a.tokens:,} tokens, KL {a.mean_kl:.2e}, top-1 {a.top1:.2%}, "
+        f"loss {a.loss_torch:.4f} torch / {a.loss_runtime:.4f} llama.cpp"
+    )
+
+
+def verify_runtime(
+    path: Path | None,
+    run: Run,
+    rows: Sequence[Tokens],
+    display: Display,
+    tokens: int = RUNTIME_TOKENS,
+    adapter: bool = True,
+) -> RuntimeProof:
+    """Compare in llama.cpp: base against base file, trained model against folded file and against the exported adapter.
+
+    Args:
+        path: the folded file; None compares the adapter only.
+        rows: held-out rows, of which the first `tokens` predictions are used.
+
+    Raises:
+        MissingExtraError: xllamacpp is not installed.
+    """
+    trained = load_trained(run)
+    assert trained.gguf is not None
+    n_ctx = max(len(row.ids) for row in rows)
+    with tempfile.TemporaryDirectory() as folder:
+        exported = Path(folder) / "adapter.gguf"
+        jobs: list[tuple[str, Path, Path | None, str | None]] = [("null run", trained.path, None, None)]
+        if path is not None:
+            jobs.append(("folded file", path, None, "default"))
+        if adapter:
+            export_gguf_adapter(trained, exported)
+            jobs.append(("adapter", trained.path, exported, "default"))
+        found: dict[str, Agreement] = {}
+        for label, model, lora, active in jobs:
+            set_active(trained.model, active)
+            with display.bar(f"llama.cpp: {label}", tokens) as done, LlamaCpp(model, lora, n_ctx) as runtime:
+                found[label] = agreement(trained, runtime, rows, tokens, done)
+    return RuntimeProof(found["null run"], found.get("folded file"), found.get("adapter"))
+
+
+def check_table(checks: Sequence[Check]) -> str:
+    """The checks as aligned lines of text."""
+    marks = {True: "ok", False: "FAILED", None: "--"}
+    width = max(len(check.name) for check in checks)
+    return "\n".join(f"{marks[check.passed]:<7} {check.name:<{width}}  {check.detail}" for check in checks)

@@ -1,0 +1,27 @@
+"""Memory of this process."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def resident_bytes() -> int:
+    """Memory in use now: the resident set, or what is allocated on the GPU where one is in use."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.memory_allocated()
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:  # no /proc: not Linux
+        return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Largest resident set of the process so far; on a GPU the most that was allocated there."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,216 @@
+"""Every file format gives the same rows, and every broken file one clear message."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lorafold.data.read import READERS, read_rows, split_rows
+from lorafold.errors import ConfigError, DataError
+
+ROWS = [
+    {"id": "007", "text": 'two "quoted" words, and a comma', "note": "date 2020-01-01"},
+    {"id": "1", "text": "line one\nline two\ttabbed \u2028 한국어 😀", "note": "2020-01-01"},
+    {"id": "", "text": "NA", "note": " spaces "},
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def _lines(rows: list[Any]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _separated(delimiter: str) -> Callable[[list[dict[str, str]]], bytes]:
+    def quoted(values: Any) -> str:
+        return delimiter.join('"' + value.replace('"', '""') + '"' for value in values)
+
+    return lambda rows: "".join(
+        quoted(line) + "\r\n" for line in [rows[0].keys(), *(r.values() for r in rows)]
+    ).encode()
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+WRITERS: dict[str, Callable[[list[Any]], bytes]] = {
+    ".jsonl": _lines,
+    ".ndjson": _lines,
+    ".json": lambda rows: json.dumps(rows, indent=1).encode(),
+    ".csv": _separated(","),
+    ".tsv": _separated("\t"),
+    ".parquet": _parquet,
+}
+
+
+def _file(folder: Path, name: str, content: bytes | str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_every_format_keeps_every_value_as_it_stands(tmp_path: Path, suffix: str) -> None:
+    rows = read_rows(_file(tmp_path, f"data{suffix}", WRITERS[suffix](ROWS)))
+    assert list(rows) == ROWS
+    assert (len(rows), rows.columns, rows[-1]) == (3, ("id", "text", "note"), ROWS[-1])
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in READERS if suffix != ".parquet"])
+def test_gzip_and_byte_order_mark_and_capitals_do_not_matter(tmp_path: Path, suffix: str) -> None:
+    content = gzip.compress(b"\xef\xbb\xbf" + WRITERS[suffix](ROWS))
+    assert list(read_rows(_file(tmp_path, f"Data{suffix.upper()}.GZ", content))) == ROWS
+
+
+def test_nested_and_mixed_values_come_back_exactly(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "text", "n": 1, "deep": [{"a": 1}, {"b": [2.5, None]}]},
+        {"prompt": [{"role": "user", "content": "hi"}], "n": "one", "flag": True},
+    ]
+    found = read_rows(_file(tmp_path, "a.jsonl", _lines(rows)))
+    assert found.columns == ("prompt", "n", "deep", "flag")
+    assert found[0] == {**rows[0], "flag": None}
+    assert found[1] == {**rows[1], "deep": None}
+
+
+def test_json_object_with_one_list_and_json_lines_under_the_name_json(tmp_path: Path) -> None:
+    assert list(read_rows(_file(tmp_path, "a.json", json.dumps({"version": 1, "data": ROWS})))) == ROWS
+    assert list(read_rows(_file(tmp_path, "b.json", _lines(ROWS)))) == ROWS
+
+
+def test_folder_reads_all_files_by_name_and_split_chooses(tmp_path: Path) -> None:
+    _file(tmp_path, "b/train-1.csv", "a\n3\n")
+    _file(tmp_path, "a/train-0.jsonl", _lines([{"a": "1"}, {"b": "2"}]))
+    _file(tmp_path, "test.jsonl", _lines([{"a": "9"}]))
+    _file(tmp_path, "README.md", "not data")
+    _file(tmp_path, ".hidden/x.jsonl", "broken")
+    rows = read_rows(tmp_path)
+    assert [source.name for source in rows.sources] == ["train-0.jsonl", "train-1.csv", "test.jsonl"]
+    assert list(rows)[1:3] == [{"a": None, "b": "2"}, {"a": "3", "b": None}]
+    assert [row["a"] for row in read_rows(tmp_path, split="test")] == ["9"]
+    with pytest.raises(DataError, match=r"begins with 'valid'.*\n.*train-0\.jsonl"):
+        read_rows(tmp_path, split="valid")
+
+
+def test_changed_content_is_read_again(tmp_path: Path) -> None:
+    path = _file(tmp_path, "a.jsonl", _lines([{"a": "old"}]))
+    before = read_rows(path)
+    _file(tmp_path, "a.jsonl", _lines([{"a": "new"}]))
+    after = read_rows(path)
+    assert (before[0], after[0]) == ({"a": "old"}, {"a": "new"})
+    assert before.fingerprint() != after.fingerprint()
+    assert after.fingerprint() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_rows_are_mapped_from_the_cache_and_written_there_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    path = _file(tmp_path, "a.jsonl", _lines(ROWS))
+    first, second = (read_rows(path)._table.cache_files for _ in range(2))
+    assert first
+    assert first == second
+    assert capfd.readouterr() == ("", "")  # no progress bars
+    assert not datasets.are_progress_bars_disabled()
+
+
+def test_very_long_csv_fields_are_read(tmp_path: Path) -> None:
+    assert read_rows(_file(tmp_path, "a.csv", f"text\n{'x' * 200_000}\n"))[0]["text"] == "x" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "empty: it holds no row"),
+        ("a.jsonl", "\n \n", "empty: it holds no row"),
+        ("a.json", "[]", "empty: it holds no row"),
+        ("a.csv", "a,b\n", "empty: it holds no row"),
+        ("a.parquet", "", "empty: it holds no row"),
+        ("a.jsonl", "{}\n", "the rows have no columns"),
+        ("a.jsonl", b'{"a": "x"}\n{"a": "caf\xe9"}\n', "not UTF-8: byte 21 is 0xe9"),
+        ("a.csv", b"a\n" + b"x" * 2_000_000 + b"\xc3\n", "not UTF-8: byte 2000002 is 0xc3"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": "\xff"}'), "not UTF-8: byte 7 is 0xff"),
+        ("a.jsonl.gz", b'{"a": 1}', "gzip data is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 99)[:-9], "gzip data is damaged"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n{"a": 3}\n{b}\n', r"a\.jsonl: .*\n  - line 2: broken.*\n  - line 4: broken"),
+        ("a.jsonl", "[\n{}\n]", r"line 1: broken JSON.*must be named \.json"),
+        ("a.jsonl", "{x}\n" * 8, "line 5: broken.*\n  - and 3 more"),
+        ("a.jsonl", '{"a": 1}\n"text"\n[1]\nnull\n3\n', "line 2: text, not.*\n.*3: a list.*\n.*null.*\n.*a number"),
+        ("a.jsonl", '{"a": "\\ud83d"}', "line 1: half of a"),
+        ("a.json", '[{"a": 1},\n{"a": }]', "line 2, column 7: broken JSON"),
+        ("a.json", '[{"a": 1}, 3]', "item 1: a number, not an object"),
+        ("a.json", '{"a": [], "b": []}', r"several lists \('a', 'b'\)"),
+        ("a.json", '{"a": 1}', "it holds no list"),
+        ("a.json", "[" * 100_000, "broken JSON"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n\n1\n", "line 3: 3 fields, the header has 2\n  - line 5: 1 fields"),
+        ("a.csv", 'a\n"x" y\n', "line 2: .*quotes inside a quoted field are doubled"),
+        ("a.csv", 'a\n"never closed\n', "unexpected end of data"),
+        ("a.csv", "a,a\n1,2\n", "'a' stands there twice"),
+        ("a.tsv", "a\t\n1\t2\n", "a name is empty"),
+        ("a.parquet", "no parquet", "not a sound Parquet file"),
+        ("a.xlsx", "x", r"'.xlsx' is not known: \.jsonl, .*\.parquet"),
+        ("a.parquet.gz", "x", r"not known: .*all but \.parquet"),
+        ("a", "x", "'' is not known"),
+    ],
+)  # fmt: skip
+def test_broken_files_name_file_and_place(tmp_path: Path, name: str, content: bytes | str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        read_rows(_file(tmp_path, name, content))
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_faults_of_all_files_are_told_at_once(tmp_path: Path) -> None:
+    _file(tmp_path, "a.jsonl", "{")
+    _file(tmp_path, "b.csv", "")
+    with pytest.raises(DataError, match=r"a\.jsonl: (.*\n)*.*b\.csv: empty"):
+        read_rows(tmp_path)
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        read_rows(tmp_path / "missing.jsonl")
+    with pytest.raises(DataError, match=r"no data file in this folder; known suffixes: \.jsonl"):
+        read_rows(tmp_path)
+    with pytest.raises(DataError, match="single file: leave it out"):
+        read_rows(_file(tmp_path, "a.jsonl", _lines(ROWS)), split="train")
+
+
+def test_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", _file(tmp_path, "a file", "") / "cache")
+    with pytest.raises(DataError, match=r"cannot be written to the cache .*set HF_DATASETS_CACHE"):
+        read_rows(_file(tmp_path, "a.jsonl", _lines(ROWS)))
+
+
+def test_split_is_complete_disjoint_and_pinned() -> None:
+    train, held = split_rows(range(100), 0.1, seed=3)
+    assert sorted(train + held) == list(range(100))
+    assert held == sorted(held)
+    assert held == [5, 13, 22, 58, 62, 65, 85, 89, 92, 95]  # the same on every machine and version
+    assert split_rows(range(100), 0.1, seed=4)[1] != held
+    assert split_rows(range(100), 0.5, limit=4)[0][-1] < 4
+    assert split_rows(range(3), 0.0) == ([0, 1, 2], [])
+    assert [len(part) for part in split_rows(range(2), 0.99)] == [1, 1]
+    assert [len(part) for part in split_rows(range(9), 0.001)] == [8, 1]
+
+
+def test_split_refuses_what_cannot_be_split() -> None:
+    for fraction in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match="at least 0 and below 1"):
+            split_rows(range(9), fraction)
+    with pytest.raises(ConfigError, match="at least 1 row"):
+        split_rows(range(9), 0.1, limit=0)
+    with pytest.raises(DataError, match="at least two rows"):
+        split_rows(range(1), 0.5)

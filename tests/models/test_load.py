@@ -1,0 +1,269 @@
+"""`load` against transformers' own models: same weights, same logits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lorafold.errors import FormatError
+from lorafold.models.load import compute_dtype, load, resolve
+from lorafold.quant.ggml import CODECS
+from lorafold.quant.linear import QuantEmbedding, QuantLinear
+from tests.tiny import ARCHITECTURES, TYPES, tiny_gguf, tiny_ids, tiny_model
+
+ATOL = 1e-4  # logits reach about 6; float32 sums in another order differ by some 5e-6
+MIXED = {"token_embd": "Q8_0", "attn_v": "F16", "ffn_down": "Q5_1", "attn_k": "Q4_0", "": "Q4_1"}
+
+
+def same_logits(ours: torch.nn.Module, theirs: torch.nn.Module, tokens: int = 40) -> None:
+    ids = tiny_ids(tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("types", ["F32", "Q4_1", "Q5_0"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_equal_transformers(tiny_file: Callable[..., Path], architecture: str, types: str, tied: bool) -> None:
+    loaded = load(tiny_file(architecture, types, tied=tied))
+    same_logits(loaded.model, tiny_model(architecture, types, tied=tied))
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_every_tensor_type_gives_the_same_logits(tiny_file: Callable[..., Path], types: str) -> None:
+    loaded = load(tiny_file("llama", types))
+    packed = [m for m in loaded.model.modules() if isinstance(m, QuantLinear | QuantEmbedding)]
+    assert len(packed) == (0 if types not in CODECS else 3 * 7 + 2)
+    same_logits(loaded.model, tiny_model("llama", types))
+
+
+def test_types_may_be_mixed(tmp_path: Path) -> None:
+    same_logits(load(tiny_gguf(tmp_path, "qwen3", MIXED, tied=False)).model, tiny_model("qwen3", MIXED, tied=False))
+
+
+@pytest.mark.parametrize("types", ["F32", "Q4_1"])
+def test_attention_biases_are_permuted_as_the_weights(tmp_path: Path, types: str) -> None:
+    same_logits(load(tiny_gguf(tmp_path, "llama", types, bias=True)).model, tiny_model("llama", types, bias=True))
+
+
+def test_tensor_order_in_the_file_does_not_matter(tmp_path: Path) -> None:
+    """A bias may come before or after the packed weight it belongs to."""
+
+    def reverse(_: dict, tensors: dict) -> None:
+        for name in reversed(list(tensors)):
+            tensors[name] = tensors.pop(name)
+
+    same_logits(load(tiny_gguf(tmp_path, "qwen2", "Q4_1", edit=reverse)).model, tiny_model("qwen2", "Q4_1"))
+
+
+@pytest.mark.parametrize("types", ["F32", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_logits_equal_transformers_own_gguf_loader(
+    tiny_file: Callable[..., Path], architecture: str, types: str
+) -> None:
+    """Not for the others: transformers 5.23 ignores Llama 3's factors, and takes Qwen 3's and Gemma 3's head width
+    from its defaults instead of the file."""
+    path = tiny_file(architecture, types)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    same_logits(load(path).model, theirs)
+
+
+def test_llama3_factors_are_applied(tiny_file: Callable[..., Path]) -> None:
+    """Llama and Llama 3 share weights here, so the factors alone must tell them apart."""
+    ids = tiny_ids(40)
+    with torch.no_grad():
+        plain, scaled = (load(tiny_file(name, "Q4_1")).model(ids).logits for name in ("llama", "llama3"))
+    assert (plain - scaled).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bfloat16_is_close_to_float32(tiny_file: Callable[..., Path], architecture: str) -> None:
+    path, ids = tiny_file(architecture, "Q4_1"), tiny_ids(40)
+    with torch.no_grad():
+        half = load(path, dtype=torch.bfloat16).model(ids).logits
+        full = load(path).model(ids).logits
+    assert half.dtype == torch.bfloat16
+    # bfloat16 keeps 8 bits: 3 to 6 layers of width 64 add up to a few percent of the logits' spread
+    assert ((half.float() - full).square().mean() / full.square().mean()).sqrt() < 0.05
+
+
+def test_everything_is_frozen_and_in_evaluation_mode(tiny_file: Callable[..., Path]) -> None:
+    loaded = load(tiny_file("llama", "Q4_1"))
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert not any(t.is_meta for t in (*loaded.model.parameters(), *loaded.model.buffers()))
+    assert loaded.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_bindings_lead_back_to_the_file(tiny_file: Callable[..., Path], architecture: str) -> None:
+    loaded = load(tiny_file(architecture, "Q4_1", tied=False))
+    assert loaded.gguf is not None
+    assert len(loaded.bindings) == 3 * 7 + 2
+    for name, binding in loaded.bindings.items():
+        module, stored = loaded.model.get_submodule(name), loaded.gguf.blocks(binding.tensor)
+        assert isinstance(module, QuantLinear | QuantEmbedding)
+        rows = stored if binding.row_order is None else stored[binding.row_order.numpy()]
+        np.testing.assert_array_equal(module.blocks.numpy(), rows)
+        assert (binding.row_order is not None) == (
+            architecture == "llama" and binding.tensor.split(".")[-2] in ("attn_q", "attn_k")
+        )
+
+
+def test_a_tied_head_shares_the_embeddings_bytes(tiny_file: Callable[..., Path]) -> None:
+    model = load(tiny_file("llama", "Q4_1")).model
+    assert model.lm_head.blocks.data_ptr() == model.model.embed_tokens.blocks.data_ptr()
+    model = load(tiny_file("llama", "F16")).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_weights_hash_tells_weights_apart_and_nothing_else(tmp_path: Path) -> None:
+    def rename(metadata: dict, _: dict) -> None:
+        metadata["general.name"] = "another name of another length"
+
+    base = load(tiny_gguf(tmp_path / "a")).weights_hash()
+    assert load(tiny_gguf(tmp_path / "b", edit=rename)).weights_hash() == base
+    assert load(tiny_gguf(tmp_path / "c", seed=1)).weights_hash() != base
+    assert load(tiny_gguf(tmp_path / "d", types="Q4_0")).weights_hash() != base
+
+
+# folders in transformers format
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_file: Callable[..., Path]) -> Path:
+    path = tmp_path / "model"
+    tiny_model("llama", "F32", tied=False).save_pretrained(path)
+    load(tiny_file("llama", "F32", tied=False)).tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_saved_folder_gives_the_same_logits(
+    tmp_path: Path, tiny_file: Callable[..., Path], architecture: str
+) -> None:
+    model = tiny_model(architecture, "F32")
+    model.save_pretrained(tmp_path)
+    from_gguf = load(tiny_file(architecture, "F32"))
+    from_gguf.tokenizer.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    same_logits(loaded.model, model)
+    text = "<|im_start|>the cat is 123<|im_end|>"
+    assert loaded.tokenizer(text).input_ids == from_gguf.tokenizer(text).input_ids
+    chat = [{"role": "user", "content": "hello"}]
+    assert loaded.tokenizer.apply_chat_template(chat, tokenize=False) == "<|im_start|>user\nhello<|im_end|>\n"
+    assert loaded.gguf is None
+    assert loaded.bindings == {}
+
+
+def test_folder_hash_is_of_its_weights(folder: Path) -> None:
+    base = load(folder).weights_hash()
+    (folder / "note.txt").write_text("not a weight")
+    assert load(folder).weights_hash() == base
+    tiny_model("llama", "F32", tied=False, seed=1).save_pretrained(folder)
+    assert load(folder).weights_hash() != base
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("config.json", "config.json"),
+        ("model.safetensors", "safetensors"),
+        ("tokenizer.json", "transformers cannot load"),
+    ],
+)
+def test_a_folder_lacking_a_file_is_refused(folder: Path, file: str, message: str) -> None:
+    (folder / file).unlink()
+    with pytest.raises(FormatError, match=message):
+        load(folder)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"config\.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"model_type": "no-such-type"}', b"\xff\xfe\x00"])
+def test_a_folder_with_a_damaged_config_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(FormatError):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_attention_heads", 0), ("hidden_size", "64"), ("hidden_size", 96), ("hidden_act", "none such")],
+)
+def test_a_folder_with_impossible_values_in_its_config_is_refused(folder: Path, key: str, value: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(FormatError):
+        load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -8])
+def test_a_folder_with_damaged_weights_is_refused(folder: Path, keep: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(FormatError):
+        load(folder)
+
+
+def test_a_folder_lacking_a_weight_is_refused(folder: Path) -> None:
+    """transformers would fill it with random numbers and print a warning."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match="up_proj"):
+        load(folder)
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin")
+    with pytest.raises(FormatError, match="unpickled"):
+        load(folder)
+
+
+# names of models
+
+
+@pytest.mark.parametrize("name", ["missing.gguf", "./missing", "a/b/c", "/nowhere/at/all", "single", "", ".."])
+def test_a_name_of_nothing_is_refused_without_asking_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    with pytest.raises(FormatError):
+        load(name)
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(FormatError, match="owner/model"):
+        load("owner/model")
+
+
+def test_resolve_accepts_what_exists(tiny_file: Callable[..., Path], tmp_path: Path) -> None:
+    assert resolve(tiny_file()) == tiny_file()
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+def test_compute_dtype() -> None:
+    assert compute_dtype("float32") == torch.float32
+    assert compute_dtype("bfloat16") == torch.bfloat16
+    assert compute_dtype("auto") in (torch.float32, torch.bfloat16)

@@ -1,0 +1,88 @@
+"""The CPU kernels against torch operations: the same bits, in float32 and bfloat16."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorafold.quant import kernels
+from lorafold.quant.ggml import CODECS
+from tests.quant.test_ggml import random_blocks
+
+codecs = pytest.mark.parametrize("codec", sorted(CODECS))
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def both(codec: str, blocks: Tensor, dtype: torch.dtype, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(kernel, torch operations)."""
+    form = CODECS[codec]
+    assert kernels.usable(blocks, dtype)
+    stored = form.offset(blocks) if offset is None else offset
+    return form.decode(blocks, dtype, offset), form.decode_reference(blocks, form.scale(blocks), stored, dtype)
+
+
+def same_bits(a: Tensor, b: Tensor) -> None:
+    integer = torch.int32 if a.dtype == torch.float32 else torch.int16
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a.view(integer).numpy(), b.view(integer).numpy())
+
+
+@codecs
+@dtypes
+@given(shape=st.tuples(st.integers(1, 9), st.integers(1, 5)), seed=st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None)
+def test_kernels_equal_torch_bit_for_bit(codec: str, dtype: torch.dtype, shape: tuple[int, int], seed: int) -> None:
+    blocks = random_blocks(codec, *shape, seed)
+    same_bits(*both(codec, blocks, dtype))
+
+
+@codecs
+@dtypes
+def test_kernels_take_an_offset(codec: str, dtype: torch.dtype) -> None:
+    offset = torch.randn(3, 6).T.requires_grad_(True)  # neither contiguous nor detached
+    kernel, reference = both(codec, random_blocks(codec, 6, 3, seed=0), dtype, offset)
+    same_bits(kernel, reference.detach())
+
+
+@codecs
+@dtypes
+def test_any_number_of_threads_gives_the_same(codec: str, dtype: torch.dtype) -> None:
+    blocks = random_blocks(codec, 257, 3, seed=0)
+    before = numba.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        one = CODECS[codec].decode(blocks, dtype)
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+        same_bits(CODECS[codec].decode(blocks, dtype), one)
+    finally:
+        numba.set_num_threads(before)
+
+
+@codecs
+@dtypes
+def test_strided_and_empty_blocks(codec: str, dtype: torch.dtype) -> None:
+    blocks = random_blocks(codec, 8, 4, seed=0)
+    for view in (blocks[::2], blocks[:, 1:3], blocks[:0], blocks[3:4]):
+        same_bits(*both(codec, view, dtype))
+
+
+@codecs
+@dtypes
+def test_infinities_and_nans_stay_what_they_are(codec: str, dtype: torch.dtype) -> None:
+    """Parameters of a damaged file: a weight must not turn into a number because its NaN has a long payload."""
+    blocks = random_blocks(codec, 4, 2, seed=0)
+    for row, half in enumerate((0x7C00, 0xFC00, 0x7FFF, 0xFE01)):
+        blocks[row, 0, :2] = torch.tensor([half & 255, half >> 8], dtype=torch.uint8)
+    kernel, reference = both(codec, blocks, dtype)
+    torch.testing.assert_close(kernel, reference, rtol=0, atol=0, equal_nan=True)
+
+
+def test_other_cases_go_to_torch() -> None:
+    blocks = random_blocks("Q4_1", 2, 2, seed=0)
+    assert not kernels.usable(blocks, torch.float16)
+    assert not kernels.usable(blocks.to("meta"), torch.float32)
