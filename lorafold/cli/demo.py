@@ -1,4 +1,4 @@
-"""`lorafold demo`."""
+"""`lorafold demo`: the whole story on the embedded model."""
 
 from __future__ import annotations
 
@@ -19,5 +19,4 @@ def demo(output_dir: Annotated[Path, Parameter(name=["--output-dir", "-o"])] = P
     from lorafold.runs.display import Display
 
     check_output(output_dir, overwrite=output_dir.is_dir() and not any(output_dir.iterdir()))
-    run_demo(output_dir, Display())
-    return 0
+    return 0 if run_demo(output_dir, Display()) else 1

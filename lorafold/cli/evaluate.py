@@ -1,4 +1,4 @@
-"""`lorafold eval`."""
+"""`lorafold eval`: loss of models, files and adapters on the same rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lorafold export`."""
+"""`lorafold export`: adapters for PEFT and llama.cpp."""
 
 from __future__ import annotations
 

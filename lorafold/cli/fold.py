@@ -1,4 +1,4 @@
-"""`lorafold fold`."""
+"""`lorafold fold`: merge into the file format of the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lorafold generate`."""
+"""`lorafold generate`: answers side by side."""
 
 from __future__ import annotations
 

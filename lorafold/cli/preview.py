@@ -1,4 +1,4 @@
-"""`lorafold preview`."""
+"""`lorafold preview`: tokens as they will be trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lorafold train`."""
+"""`lorafold train`: tune; writes a run folder."""
 
 from __future__ import annotations
 

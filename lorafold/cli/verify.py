@@ -1,4 +1,4 @@
-"""`lorafold verify`."""
+"""`lorafold verify`: prove that a file is what was trained."""
 
 from __future__ import annotations
 

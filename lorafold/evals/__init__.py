@@ -1,0 +1,1 @@
+"""Measuring models, in torch and in llama.cpp."""

@@ -1,0 +1,1 @@
+"""Loading and writing model and adapter files."""

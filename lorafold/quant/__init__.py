@@ -1,0 +1,1 @@
+"""What a weight looks like when packed."""

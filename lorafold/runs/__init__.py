@@ -1,0 +1,1 @@
+"""Run folders: started, folded, verified, reported."""

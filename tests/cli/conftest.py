@@ -1,0 +1,48 @@
+"""Runs that several command tests read; none of them may write into these folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.practice import command, tiny_folder, write_data
+from tests.tiny import tiny_gguf
+
+# short and steep: the tiny models are random, and the runs need only to learn something
+QUICK = ("--max-steps", 6, "--learning-rate", 0.01, "--eval-fraction", 0.3, "--sample-rows", 1, "--sample-tokens", 4)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 rows of prompts and completions."""
+    return write_data(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Callable[..., tuple[Path, Path]]:
+    """`trained("llama", "Q4_1", "--r", "full")`: (model, run folder); `"folder"` trains a transformers folder."""
+
+    @cache
+    def make(architecture: str = "llama", types: str = "Q4_1", *options: object) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("trained")
+        if architecture == "folder":
+            model = tiny_folder(folder / "model", types)
+        else:
+            model = tiny_gguf(folder, architecture, MIXED if types == "mixed" else types)
+        assert command("train", model, "--data", data, "--output-dir", folder / "run", *QUICK, *options) == 0
+        return model, folder / "run"
+
+    return make
+
+
+MIXED = {"token_embd": "Q8_0", "attn_v": "Q5_0", "ffn_down": "Q5_1", "attn_k": "Q4_0", "": "Q4_1"}
