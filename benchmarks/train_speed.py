@@ -83,7 +83,11 @@ def run_trl(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[str, An
 
     path = resolve("smollm2")
     dtype = getattr(torch, options.pop("dense", "float32"))
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    decoded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    del decoded.config.quantization_config  # the trainer refuses a model that it knows came from a GGUF file
+    model = AutoModelForCausalLM.from_config(decoded.config, dtype=dtype)
+    model.load_state_dict(decoded.state_dict())
+    del decoded
     stamps = [0.0]
 
     class Clock(TrainerCallback):
@@ -106,6 +110,7 @@ def run_trl(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[str, An
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
             shuffle_dataset=False,
             **options,
         )

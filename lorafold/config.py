@@ -161,7 +161,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     eval_steps: int | None = None
     gradient_checkpointing: bool = False
-    micro_batch_tokens: int = 768
+    micro_batch_tokens: int = 1024
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 42

@@ -12,7 +12,20 @@ from tests.practice import command, tiny_folder, write_data
 from tests.tiny import tiny_gguf
 
 # short and steep: the tiny models are random, and the runs need only to learn something
-QUICK = ("--max-steps", 6, "--learning-rate", 0.01, "--eval-fraction", 0.3, "--sample-rows", 1, "--sample-tokens", 4)
+QUICK: dict[str, object] = {
+    "--max-steps": 6,
+    "--learning-rate": 0.01,
+    "--eval-fraction": 0.3,
+    "--sample-rows": 1,
+    "--sample-tokens": 4,
+    "--dtype": "float32",
+}
+MIXED = {"token_embd": "Q8_0", "attn_v": "Q5_0", "ffn_down": "Q5_1", "attn_k": "Q4_0", "": "Q4_1"}
+
+
+def quick(*options: object) -> list[object]:
+    """The options with `QUICK` for all that are not among them."""
+    return [x for key, value in QUICK.items() if key not in options for x in (key, value)] + list(options)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -39,10 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Callable[..
             model = tiny_folder(folder / "model", types)
         else:
             model = tiny_gguf(folder, architecture, MIXED if types == "mixed" else types)
-        assert command("train", model, "--data", data, "--output-dir", folder / "run", *QUICK, *options) == 0
+        assert command("train", model, "--data", data, "--output-dir", folder / "run", *quick(*options)) == 0
         return model, folder / "run"
 
     return make
-
-
-MIXED = {"token_embd": "Q8_0", "attn_v": "Q5_0", "ffn_down": "Q5_1", "attn_k": "Q4_0", "": "Q4_1"}

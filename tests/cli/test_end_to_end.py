@@ -28,6 +28,7 @@ from lorafold.evals import llama_cpp
 from lorafold.models.load import load
 from lorafold.runs.fold import load_trained
 from lorafold.runs.folder import read_run
+from tests.cli.conftest import quick
 from tests.practice import command, same_logits
 from tests.tiny import ARCHITECTURES, _permute, tiny_gguf
 
@@ -57,7 +58,7 @@ needs_llama_cpp = pytest.mark.skipif(not llama_cpp.available(), reason="xllamacp
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def _llama_cpp_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp's threads spin at their barriers: beside other processes two are far slower than one."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
 
@@ -196,8 +197,8 @@ def test_file_type_says_what_most_matrices_are(trained: Trained, tmp_path: Path,
         metadata["general.file_type"] = {"Q4_0": 2, "Q4_1": 3}[kind]
 
     base = tiny_gguf(tmp_path, "llama", kind, edit=add)
-    quick = ("--max-steps", 1, "--sample-rows", 0, "--output-dir", tmp_path / "run")
-    assert command("train", base, "--data", data, *quick) == 0
+    options = quick("--max-steps", 2, "--output-dir", tmp_path / "run")
+    assert command("train", base, "--data", data, *options) == 0
     assert command("fold", tmp_path / "run", "-o", tmp_path / "out.gguf") == 0
     field = gguf.GGUFReader(tmp_path / "out.gguf").get_field("general.file_type")
     assert field is not None
@@ -298,7 +299,7 @@ def test_verify_finds_a_changed_file(
     (tmp_path / "out.gguf").write_bytes(content)
     assert command("verify", tmp_path / "out.gguf", "--run", run, "--no-runtime") == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines if not line.startswith("ok")] == [f"FAILED {failing}"]
+    assert [line[:39].rstrip() for line in lines if not line.startswith("ok")] == [f"FAILED  {failing}"]
 
 
 def test_verify_finds_the_base_and_another_format(folded: Folded, tmp_path: Path, capsys: Output) -> None:
@@ -426,7 +427,7 @@ def test_lossy_fold_says_what_is_left(trained: Trained, data: Path, tmp_path: Pa
     assert command("verify", out, "--run", run, "--no-runtime") == 2  # there is no exact file to compare with
 
 
-@pytest.mark.parametrize(("to", "atol"), [("f32", 1e-5), ("f16", 0.02), ("bf16", 0.2), ("q8_0", 0.3)])
+@pytest.mark.parametrize(("to", "atol"), [("f32", 5e-5), ("f16", 0.02), ("bf16", 0.2), ("q8_0", 0.3)])
 def test_lora_folds_into_wider_types(trained: Trained, tmp_path: Path, to: str, atol: float) -> None:
     """atol: what rounding the weights to 24, 11, 8 and about 8 bits does to logits of up to 6."""
     base, run = trained("llama", "Q4_1", "--method", "lora")
