@@ -50,6 +50,8 @@ _UNSUPPORTED = {  # PEFT options that change what the tensors mean -> the value 
     "trainable_token_indices": None,
 }
 
+_PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")  # ways to begin that leave the base as it is
+
 
 def save_adapter(folder: Path, loaded: LoadedModel, spec: AdapterSpec, name: str = "default") -> None:
     """Write the adapter `name` of a model; the folder appears whole or not at all.
@@ -121,6 +123,8 @@ def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
     for key, neutral in _UNSUPPORTED.items():
         if config.get(key, neutral) not in (neutral, None, [], {}):
             faults.append(f"{key}: {config[key]!r}")
+    if config.get("init_lora_weights", True) not in _PLAIN_INIT:
+        faults.append(f"init_lora_weights: {config['init_lora_weights']!r}, which changed the base weights as well")
     if faults:
         raise AdapterError(f"{folder} uses what is not supported yet:\n" + bullet_list(faults))
     try:
@@ -154,7 +158,8 @@ def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> In
             faults.append(f"unexpected tensor {key}")
         else:
             grouped.setdefault(path, {})[part] = value
-    faults += [f"no tensors for the target {t!r}" for t in _unmet_targets(config, grouped)]
+    faults += [f"no tensors for the layer {path}" for path in _absent_layers(config, layers, grouped)]
+    faults += [] if tensors else ["it holds no tensors"]
     built: dict[str, LoRA | GroupAdapter] = {}
     for path, parts in grouped.items():
         layer_spec = _layer_spec(spec, config, path)
@@ -192,11 +197,25 @@ def _base_faults(loaded: LoadedModel, header: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _unmet_targets(config: Mapping[str, Any], grouped: Mapping[str, Any]) -> list[str]:
-    targets = config.get("target_modules")
-    if not isinstance(targets, list):
-        return [] if grouped else [str(targets)]
-    return [t for t in targets if not any(path == t or path.endswith(f".{t}") for path in grouped)]
+def _absent_layers(config: Mapping[str, Any], layers: Mapping[str, Any], grouped: Mapping[str, Any]) -> list[str]:
+    """Linear layers that the configuration targets and for which the file holds nothing."""
+    chosen = config.get("layers_to_transform")
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    absent = []
+    for path in layers:
+        number = re.search(r"\.(\d+)\.", path)
+        transformed = chosen is None or (number is not None and int(number[1]) in chosen)
+        excluded = _named(config.get("exclude_modules"), path)
+        if transformed and not excluded and _named(config.get("target_modules"), path) and path not in grouped:
+            absent.append(path)
+    return absent
+
+
+def _named(modules: list[str] | str | None, path: str) -> bool:
+    """Whether PEFT's list of names, or its one regular expression, means a layer."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in modules or ())
 
 
 def _layer_spec(spec: AdapterSpec, config: Mapping[str, Any], path: str) -> AdapterSpec:

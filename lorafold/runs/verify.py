@@ -86,7 +86,7 @@ def _trained_weights(trained: LoadedModel, file: GGUFFile) -> Check:
             return Check("decoded file = training weights", False, f"{path} has another format in the file")
         for dtype in (torch.float32, torch.bfloat16):
             ours, theirs = layer.base.packed.decode(dtype, layer.offset()), other.packed.decode(dtype)
-            worst = max(worst, float((ours.float() - theirs.float()).abs().max()))
+            worst = max(worst, float((ours.float() - theirs.float()).abs().nan_to_num(nan=torch.inf).max()))
         count += ours.numel()
     return Check("decoded file = training weights", worst == 0, f"largest difference {worst:g} over {count:,} weights")
 
