@@ -29,9 +29,14 @@ GRID: dict[str, tuple[AdapterSpec, tuple[float, ...]]] = {
 }
 
 
+def folder_of(args: argparse.Namespace, name: str, rate: float) -> Path:
+    """Where a run of the grid lies."""
+    return args.output / f"{name.replace(' ', '-').replace('=', '')}-{rate:g}"
+
+
 def train_one(args: argparse.Namespace, name: str, spec: AdapterSpec, rate: float, display: Display) -> Run:
     """One run of the grid, or its folder if it is there already."""
-    folder = args.output / f"{name.replace(' ', '-').replace('=', '')}-{rate:g}"
+    folder = folder_of(args, name, rate)
     if (folder / SUMMARY).exists():
         return read_run(folder)
     config = RunConfig(
@@ -100,16 +105,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--methods", nargs="*", default=list(GRID), choices=list(GRID))
     parser.add_argument("--train-only", action="store_true", help="fill DIR and measure nothing yet")
+    parser.add_argument("--finished-only", action="store_true", help="measure the runs that DIR holds, train nothing")
     args = parser.parse_args()
     display, rows = Display(), []
-    for i in (1, 2, 0):  # the middle rates first, so that an interrupted grid already compares methods
+    for i in (1, 2, 0) if not args.finished_only else ():  # the middle rates first: even a part of the grid compares
         for name in args.methods:
             train_one(args, name, GRID[name][0], GRID[name][1][i], display)
-    for name in args.methods:
-        spec, rates = GRID[name]
-        runs = {rate: train_one(args, name, spec, rate, display) for rate in rates}
-        if not args.train_only:
-            rows.append(row(name, runs, display))
+    for name in args.methods if not args.train_only else ():
+        runs = {rate: folder_of(args, name, rate) for rate in GRID[name][1]}
+        finished = {rate: read_run(path) for rate, path in runs.items() if (path / SUMMARY).exists()}
+        if finished:
+            rows.append(row(name, finished, display))
     if rows:
         (args.output / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
         print(markdown(rows))

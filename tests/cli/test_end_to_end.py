@@ -25,6 +25,7 @@ from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 from lorafold.adapters.fold import base_weight
 from lorafold.adapters.inject import adapted_layers, set_active
 from lorafold.evals import llama_cpp
+from lorafold.evals.compare import KL_FACTOR
 from lorafold.models.load import load
 from lorafold.runs.fold import load_trained
 from lorafold.runs.folder import read_run
@@ -236,6 +237,7 @@ def copy_run(run: Path, target: Path) -> Path:
 @pytest.mark.parametrize("name", FILES)
 def test_verify_accepts_the_folded_file(folded: Folded, capsys: Output, name: str) -> None:
     _, run, out = folded(name)
+    capsys.readouterr()
     assert command("verify", out, "--run", run, "--no-runtime") == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["ok"] * 5
@@ -245,17 +247,19 @@ def test_verify_accepts_the_folded_file(folded: Folded, capsys: Output, name: st
 @needs_llama_cpp
 @pytest.mark.parametrize("name", FILES)
 def test_verify_compares_in_llama_cpp(folded: Folded, capsys: Output, name: str) -> None:
-    """Exit 0 is not asked for: the bounds are multiples of the null run's figures, and over the few tokens of these
-    random models a figure can move by more than that. The figures themselves show that the right things are compared:
-    llama.cpp's 8-bit rounding leaves a KL of some 1e-3, another model would be off by more than 0.1."""
+    """KL is judged as verify judges it; exit 0 is not asked for: over the 85 predictions here a single token is more
+    than the one point by which top-1 agreement may fall, and the logits of random models lie close together.
+    Measured KLs are 3e-4 to 7e-4 (8-bit activations); the base in place of the folded file is off by over 0.1."""
     base, run, out = folded(name)
-    command("verify", out, "--run", run, "--tokens", 60)
-    figures = kls(capsys.readouterr().out)
-    assert len(figures) == 3
-    assert max(figures) < 0.02
-    command("verify", base, "--run", run, "--tokens", 60)
+    code = command("verify", out, "--run", run, "--tokens", 60)
+    printed = capsys.readouterr().out
+    assert code == int("FAILED" in printed)
+    null, file, adapter = kls(printed)
+    assert null < 2e-3
+    assert max(file, adapter) < KL_FACTOR * null
+    assert command("verify", base, "--run", run, "--tokens", 60) == 1
     null, file, adapter = kls(capsys.readouterr().out)
-    assert max(null, adapter) < 0.02
+    assert adapter < KL_FACTOR * null
     assert file > 0.1
 
 
@@ -297,6 +301,7 @@ def test_verify_finds_a_changed_file(
     content = bytearray(out.read_bytes())
     failing = tamper(content, base)
     (tmp_path / "out.gguf").write_bytes(content)
+    capsys.readouterr()
     assert command("verify", tmp_path / "out.gguf", "--run", run, "--no-runtime") == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line[:39].rstrip() for line in lines if not line.startswith("ok")] == [f"FAILED  {failing}"]
