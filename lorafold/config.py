@@ -18,7 +18,7 @@ FULL = "full"
 
 # AdamW's step is about the learning rate per element whatever the gradient, so the rate that suits a
 # parametrization follows from what one step does to a weight; searched on SmolLM2 (docs/results/gsm8k.md).
-DEFAULT_LEARNING_RATE = {"lora": 1e-3, "qa-lora": 2e-3, "qa-lora full": 3e-4}
+DEFAULT_LEARNING_RATE = {"lora": 1e-3, "qa-lora": 4e-3, "qa-lora full": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -267,8 +267,17 @@ def _not_positive(config: Any, *names: str) -> list[str]:
     return [
         f"{name} is {value}; it must be positive"
         for name, value in values.items()
-        if value is not None and not value > 0
+        if value is not None and not 0 < value < math.inf
     ]
+
+
+def check_positive(**counts: int) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ConfigError: naming all of them.
+    """
+    _raise([f"{name} is {count}; it must be positive" for name, count in counts.items() if count < 1])
 
 
 def _raise(faults: list[str]) -> None:

@@ -47,8 +47,11 @@ def kept_fraction(realized: Tensor, wanted: Tensor) -> float:
     return 1.0 if norm == 0 else float((realized.double() * wanted).sum() / norm)
 
 
-def fold(model: nn.Module, name: str = "default") -> list[LayerFold]:
+def fold(model: nn.Module, name: str = "default", least_kept: float | None = LEAST_KEPT) -> list[LayerFold]:
     """Exact fold of a group adapter into the packed weights; the model itself is left as it is.
+
+    Args:
+        least_kept: smallest share of a layer's update that must survive rounding to the storage type; None allows any.
 
     Raises:
         FoldError: the adapter is not of this kind, an offset is not finite, or rounding to the file's storage
@@ -68,10 +71,15 @@ def fold(model: nn.Module, name: str = "default") -> list[LayerFold]:
         folds.append(result)
         if not torch.isfinite(result.weight.format.offset(result.weight.blocks)).all():
             faults.append(f"{path}: an offset is beyond float16")
-        elif not result.kept >= LEAST_KEPT:
+        elif least_kept is not None and not result.kept >= least_kept:
             faults.append(f"{path}: float16 offsets keep only {result.kept:.1%} of the update")
     if faults:
-        raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults))
+        raise FoldError(
+            "the adapter cannot be folded:\n"
+            + bullet_list(faults)
+            + "\nan update this small hardly moves what the file can store: train longer or with a higher rate. "
+            "Training saw the same rounding, so the file would still be what was trained; --lossy writes it"
+        )
     return folds
 
 

@@ -123,6 +123,9 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
         listing = ", ".join(f"{ending} ({count})" for ending, count in _endings(names).items())
         raise AdapterError("target_modules:\n" + bullet_list(faults) + f"\nlayers that can be adapted: {listing}")
     lone = len(spec.exclude_modules) == 1
+    for target in spec.exclude_modules:
+        if not any(_matches(n, target, lone) for n in names):
+            raise AdapterError(f"exclude_modules: {target!r} matches no linear layer{nearest(target, _endings(names))}")
     kept = [n for n in names if n in chosen and not any(_matches(n, e, lone) for e in spec.exclude_modules)]
     if not kept:
         raise AdapterError("exclude_modules leaves no layer to adapt; exclude less")

@@ -32,12 +32,9 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from lorafold.cli.variants import in_llama_cpp, in_torch, variants
+    from lorafold.cli.variants import in_llama_cpp, in_torch, tokenizer_of, variants
     from lorafold.evals.compare import runtime_loss
     from lorafold.evals.loss import evaluate as evaluate_in_torch
-    from lorafold.models.gguf_file import GGUFFile
-    from lorafold.models.load import resolve
-    from lorafold.models.tokenizer import load_tokenizer
     from lorafold.runs.display import Display
     from lorafold.runs.prepare import rows_of
 
@@ -50,7 +47,7 @@ def evaluate(
             with display.bar(variant.label, len(rows)) as done:
                 loss = evaluate_in_torch(loaded, rows, progress=done)
         else:
-            rows = rows_of(data, load_tokenizer(GGUFFile(resolve(variant.model))), display)
+            rows = rows_of(data, tokenizer_of(variant, runtime), display)
             with (
                 display.bar(variant.label, len(rows)) as done,
                 in_llama_cpp(variant, max(len(r.ids) for r in rows)) as engine,

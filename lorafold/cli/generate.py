@@ -31,14 +31,13 @@ def generate(
     from rich.console import Console
     from rich.table import Table
 
-    from lorafold.cli.variants import in_llama_cpp, in_torch, variants
+    from lorafold.cli.variants import in_llama_cpp, in_torch, tokenizer_of, variants
+    from lorafold.config import check_positive
     from lorafold.data.rows import Example
     from lorafold.data.tokens import prompt_ids
     from lorafold.evals.generate import generate as generate_in_torch
-    from lorafold.models.gguf_file import GGUFFile
-    from lorafold.models.load import resolve
-    from lorafold.models.tokenizer import load_tokenizer
 
+    check_positive(max_new_tokens=max_new_tokens)
     columns = variants(models, adapter)
     table = Table(show_lines=True)
     table.add_column("prompt")
@@ -53,7 +52,7 @@ def generate(
             ]
             out = [generate_in_torch(loaded, i, max_new_tokens) for i in ids]
         else:
-            tokenizer = load_tokenizer(GGUFFile(resolve(variant.model)))
+            tokenizer = tokenizer_of(variant, runtime)
             ids = [
                 prompt_ids(Example(row=i, kind="prompt", prompt=p), tokenizer, template) for i, p in enumerate(prompt)
             ]

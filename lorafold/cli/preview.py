@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lorafold.config import DataConfig
+from lorafold.config import DataConfig, check_positive
 
 
 def preview(model: str, *, data: Annotated[DataConfig, Parameter(name="*")], rows: int = 2) -> None:
@@ -23,6 +23,7 @@ def preview(model: str, *, data: Annotated[DataConfig, Parameter(name="*")], row
     from lorafold.runs.display import Display
     from lorafold.runs.prepare import tokenized_of
 
+    check_positive(rows=rows)
     console = Console()
     tokenizer = load_tokenizer_only(model)
     tokenized = tokenized_of(data, tokenizer)

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorafold.errors import AdapterError, FormatError
 from lorafold.evals.llama_cpp import LlamaCpp
 from lorafold.models.adapter_files import load_adapter
 from lorafold.models.exports import export_gguf_adapter
-from lorafold.models.load import LoadedModel, compute_dtype, load, resolve
+from lorafold.models.load import LoadedModel, compute_dtype, load, load_tokenizer_only, resolve
 
 ADAPTER = "adapter"
 
@@ -57,6 +58,24 @@ def in_torch(variant: Variant, dtype: str = "auto") -> LoadedModel:
     return loaded
 
 
+def tokenizer_of(variant: Variant, runtime: str) -> Any:
+    """The tokenizer of a variant.
+
+    Raises:
+        FormatError: llama.cpp is asked to run what is no GGUF file.
+    """
+    if runtime == "llama.cpp":
+        _gguf_path(variant)
+    return load_tokenizer_only(variant.model)
+
+
+def _gguf_path(variant: Variant) -> Path:
+    path = resolve(variant.model)
+    if path.is_dir():
+        raise FormatError(f"{path} is a transformers folder; llama.cpp runs GGUF files")
+    return path
+
+
 @contextmanager
 def in_llama_cpp(variant: Variant, n_ctx: int) -> Iterator[LlamaCpp]:
     """The variant, loaded in llama.cpp; an adapter is exported to a temporary file and applied at run time.
@@ -64,9 +83,7 @@ def in_llama_cpp(variant: Variant, n_ctx: int) -> Iterator[LlamaCpp]:
     Raises:
         FormatError: the model is not a GGUF file.
     """
-    path = resolve(variant.model)
-    if path.is_dir():
-        raise FormatError(f"{path} is a transformers folder; llama.cpp runs GGUF files")
+    path = _gguf_path(variant)
     with tempfile.TemporaryDirectory() as folder:
         exported = None
         if variant.adapter is not None:

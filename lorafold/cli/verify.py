@@ -15,6 +15,7 @@ def verify(file: Path, *, run: Path, data: Path | None = None, tokens: int = 200
         tokens: predictions compared in llama.cpp.
         runtime: compare in llama.cpp, where xllamacpp is installed.
     """
+    from lorafold.config import check_positive
     from lorafold.evals import llama_cpp
     from lorafold.models.gguf_file import GGUFFile
     from lorafold.models.tokenizer import load_tokenizer
@@ -23,6 +24,7 @@ def verify(file: Path, *, run: Path, data: Path | None = None, tokens: int = 200
     from lorafold.runs.prepare import held_out_rows
     from lorafold.runs.verify import check_table, verify_file, verify_runtime
 
+    check_positive(tokens=tokens)
     trained = read_run(run)
     checks = verify_file(file, trained)
     display = Display()

@@ -47,11 +47,11 @@ class Agreement:
     def as_close_as(self, null: Agreement) -> list[str]:
         """Bounds that this agreement breaks, measured against the null run; empty when it is as close."""
         broken = []
-        if self.mean_kl > KL_FACTOR * null.mean_kl:
+        if not self.mean_kl <= KL_FACTOR * null.mean_kl:  # so written, what is not a number fails too
             broken.append(f"mean KL {self.mean_kl:.2e} is over {KL_FACTOR} times the null run's {null.mean_kl:.2e}")
-        if self.top1 < null.top1 - TOP1_LOSS:
+        if not self.top1 >= null.top1 - TOP1_LOSS:
             broken.append(f"top-1 agreement {self.top1:.2%} is over a point below the null run's {null.top1:.2%}")
-        if self.loss_gap > null.loss_gap + LOSS_SLACK:
+        if not self.loss_gap <= null.loss_gap + LOSS_SLACK:
             broken.append(f"the losses are {self.loss_gap:.4f} apart, the null run's {null.loss_gap:.4f}")
         return broken
 

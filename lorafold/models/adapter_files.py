@@ -88,10 +88,15 @@ def write_adapter_folder(
     """Write the two files of an adapter folder."""
     with replacing_folder(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        try:
-            save_file(tensors, temporary / WEIGHTS, metadata=header)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        save_tensors(temporary / WEIGHTS, tensors, header)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None) -> None:
+    """Write a safetensors file; what goes wrong is an OSError, as for any other file."""
+    try:
+        save_file(tensors, path, metadata=header)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _target_names(model: nn.Module, layers: list[str]) -> list[str]:
@@ -116,7 +121,7 @@ def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
         raise AdapterError(f"{folder} is not an adapter folder: it lacks {' and '.join(missing)}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = {"LORA": "lora", "QA_LORA": "qa-lora"}.get(config.get("peft_type"))
+        kind = {"LORA": "lora", "QA_LORA": "qa-lora"}.get(str(config.get("peft_type")))
     except (ValueError, AttributeError) as error:
         raise AdapterError(f"{folder / CONFIG} is not a JSON object: {error}") from None
     faults = [] if kind else [f"peft_type {config.get('peft_type')!r} (LORA and QA_LORA are)"]
@@ -127,6 +132,9 @@ def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
         faults.append(f"init_lora_weights: {config['init_lora_weights']!r}, which changed the base weights as well")
     if faults:
         raise AdapterError(f"{folder} uses what is not supported yet:\n" + bullet_list(faults))
+    malformed = _malformed(config)
+    if malformed:
+        raise AdapterError(f"{folder / CONFIG} is incomplete or impossible:\n" + bullet_list(malformed))
     try:
         spec = AdapterSpec(
             method=kind,  # type: ignore[arg-type]
@@ -138,6 +146,36 @@ def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
     except (KeyError, TypeError, ConfigError) as error:
         raise AdapterError(f"{folder / CONFIG} is incomplete or impossible: {error}") from None
     return spec, config
+
+
+def _malformed(config: Mapping[str, Any]) -> list[str]:
+    """What in a configuration has a type or value that no adapter has."""
+    faults = []
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        faults.append(f"lora_alpha is {alpha!r}, not a number")
+    for key in ("target_modules", "exclude_modules"):
+        value = config.get(key)
+        names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if not (names or value is None or (isinstance(value, str) and _is_regex(value))):
+            faults.append(f"{key} is {value!r}, neither a list of names nor a regular expression")
+    for key in ("rank_pattern", "alpha_pattern"):
+        value = config.get(key) or {}
+        if not isinstance(value, dict) or not all(_is_regex(name) for name in value):
+            faults.append(f"{key} is {value!r}, not a mapping from expressions to numbers")
+        elif not all(type(n) in (int, float) and n > 0 for n in value.values()):
+            faults.append(f"{key} is {value!r}, and its numbers must be positive")
+        elif key == "rank_pattern" and not all(type(n) is int for n in value.values()):
+            faults.append(f"{key} is {value!r}, and ranks are whole numbers")
+    return faults
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> Injection:

@@ -7,6 +7,7 @@ LoRA can. GGUF layout: llama.cpp, src/llama-adapter.cpp: per target `<tensor>.lo
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.inject import AdaptedLinear, adapted_layers
 from lorafold.adapters.lora import LoRA
 from lorafold.config import AdapterSpec
-from lorafold.errors import AdapterError
+from lorafold.errors import AdapterError, FormatError
 from lorafold.files import replacing
 from lorafold.models.adapter_files import save_adapter, write_adapter_folder
+from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.load import LoadedModel
 from lorafold.quant.linear import QuantLinear
 
@@ -107,3 +109,7 @@ def export_gguf_adapter(loaded: LoadedModel, path: Path, name: str = "default") 
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        try:
+            GGUFFile(temporary)  # numpy's tofile does not report a full disk
+        except FormatError as error:
+            raise OSError(errno.ENOSPC, str(error)) from error

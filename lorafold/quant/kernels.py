@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import config, njit, prange, set_num_threads
 from torch import Tensor
 
 _GROUP = 32
+_MOST_THREADS: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
 def usable(blocks: Tensor, dtype: torch.dtype) -> bool:
@@ -26,8 +27,14 @@ def decode(
     rows, groups, _ = blocks.shape
     out = torch.empty(rows, groups * _GROUP, dtype=dtype)
     raw, s, o = blocks.numpy(), scale.contiguous().numpy(), offset.detach().contiguous().numpy()
+    threads = torch.get_num_threads()
+    set_num_threads(min(threads, _MOST_THREADS))
     half = dtype == torch.bfloat16
     _KERNELS[bits, half](raw, s, o, zero, codes_at, (out.view(torch.uint16) if half else out).numpy())
+    if (
+        torch.get_num_threads() != threads
+    ):  # numba's first call starts its threads and sets OpenMP's number for torch too
+        torch.set_num_threads(threads)
     return out
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from lorafold.adapters.fold import (
     LEAST_KEPT,
@@ -22,7 +21,7 @@ from lorafold.adapters.fold import (
 from lorafold.adapters.inject import adapted_layers
 from lorafold.errors import FoldError, bullet_list
 from lorafold.files import replacing_folder
-from lorafold.models.adapter_files import load_adapter
+from lorafold.models.adapter_files import load_adapter, save_tensors
 from lorafold.models.gguf_file import DENSE
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import LoadedModel, load
@@ -93,7 +92,7 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
     if loaded.gguf is None:
         return _fold_folder(loaded, path, to, lossy)
     if to is None and run.config.adapter.method == "qa-lora":
-        folds = fold(loaded.model)
+        folds = fold(loaded.model, least_kept=None if lossy else LEAST_KEPT)
         report = _packed_report("exact", folds, loaded)
         replaced = {loaded.bindings[f.name].tensor: _entry(loaded, f) for f in folds}
     elif to in DENSE_TYPES:
@@ -188,7 +187,7 @@ def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -
                 tensors[key] = wanted.to(DENSE_TYPES[to] if to else tensors[key].dtype)
                 before = base_weight(layer.base)
                 kept.append(kept_fraction(tensors[key].float() - before, wanted - before))
-            save_file(tensors, temporary / source.name, metadata=header)
+            save_tensors(temporary / source.name, tensors, header)
         if layers:
             raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(layers)[:5]))
         size = sum(f.stat().st_size for f in loaded.path.iterdir() if f.is_file())

@@ -20,7 +20,7 @@ import yaml
 
 from lorafold.config import RunConfig
 from lorafold.errors import ConfigError, bullet_list
-from lorafold.files import OutputError, check_output, write_text
+from lorafold.files import OutputError, check_output, reason, write_text
 
 CONFIG, METRICS, SAMPLES, SUMMARY, ADAPTER, REPORT = (
     "config.yaml",
@@ -44,7 +44,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        check_output(path, overwrite=path.is_dir() and not any(path.iterdir()))
+        check_folder(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._metrics = (path / METRICS).open("w", encoding="utf-8")
@@ -57,9 +57,12 @@ class RunFolder:
 
     def metric(self, **values: Any) -> None:
         """Append a line to `metrics.jsonl`; it reaches the disk at once."""
-        self._metrics.write(json.dumps(values) + "\n")
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        try:
+            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+        except OSError as error:
+            raise OutputError(f"{self.path / METRICS} cannot be written: {reason(error)}") from error
 
     def samples(self, samples: list[dict[str, str]]) -> None:
         """Write `samples.jsonl`."""
@@ -73,6 +76,15 @@ class RunFolder:
     def close(self) -> None:
         """Close `metrics.jsonl`."""
         self._metrics.close()
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a path that a run folder cannot have.
+
+    Raises:
+        OutputError: something lies there already, or it cannot be written.
+    """
+    check_output(path, overwrite=path.is_dir() and not any(path.iterdir()))
 
 
 @dataclass(frozen=True)
@@ -120,4 +132,4 @@ def read_run(path: Path) -> Run:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []

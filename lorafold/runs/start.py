@@ -18,7 +18,7 @@ from lorafold.evals.loss import evaluate
 from lorafold.models.adapter_files import save_adapter
 from lorafold.models.load import LoadedModel, compute_dtype, load
 from lorafold.runs.display import Display, training_note
-from lorafold.runs.folder import ADAPTER, Run, RunFolder, read_run
+from lorafold.runs.folder import ADAPTER, Run, RunFolder, check_folder, read_run
 from lorafold.runs.prepare import PreparedData, prepare
 from lorafold.runs.report import write_report
 from lorafold.train.loop import Step, rows_per_step, total_steps, train_steps
@@ -34,6 +34,7 @@ def start(config: RunConfig, display: Display) -> Run:
     """
     began = time.perf_counter()
     config = config.resolved()
+    check_folder(config.output_dir)
     device = pick_device(config.training.device)
     loaded = load(config.model, compute_dtype(config.training.dtype, device), device)
     display.say(f"model: {loaded.path.name} in {str(loaded.dtype).removeprefix('torch.')} on {device}")

@@ -56,7 +56,7 @@ def verify_file(path: Path, run: Run) -> list[Check]:
     if trained.gguf is None or run.config.adapter.method != "qa-lora":
         raise ConfigError("verify proves exact folds, which a qa-lora run on a GGUF base has; this run has none")
     base, file = trained.gguf, GGUFFile(path)
-    folded = {trained.bindings[f.name].tensor: f for f in fold(trained.model)}
+    folded = {trained.bindings[f.name].tensor: f for f in fold(trained.model, least_kept=None)}
     return [
         _same_layout(base, file, {tensor: f.weight.codec for tensor, f in folded.items()}),
         _trained_weights(trained, file),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,12 +55,6 @@ NAMES = {  # module -> tensor, for the check that is independent of the source
     "mlp.down_proj": "ffn_down",
 }
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp.available(), reason="xllamacpp is not installed")
-
-
-@pytest.fixture(autouse=True)
-def _llama_cpp_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """llama.cpp's threads spin at their barriers: beside other processes two are far slower than one."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,130 @@
+"""The loss against torch's own cross-entropy and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lorafold.adapters.inject import inject
+from lorafold.config import AdapterSpec
+from lorafold.data.packs import pack
+from lorafold.evals import loss
+from lorafold.evals.loss import evaluate, hidden_states, pack_loss
+from lorafold.models.load import LoadedModel, load
+from tests.practice import lora_like, row_losses, token_rows
+from tests.tiny import ARCHITECTURES, tiny_model
+
+
+@pytest.mark.parametrize("positions", [1, 127, 128, 129, 300])
+def test_frozen_head_loss_equals_autograd(positions: int) -> None:
+    """Sum and gradient, around the borders of a chunk of 128; scaled as a step scales it."""
+    hidden = torch.randn(positions, 16, dtype=torch.float32, requires_grad=True)
+    weight, targets = torch.randn(50, 16), torch.randint(0, 50, (positions,))
+    total = loss._FrozenHeadLoss.apply(hidden, weight, targets)
+    (total / 7).backward()
+    twin = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(twin @ weight.double().T, targets, reduction="sum")
+    (expected / 7).backward()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)  # float32
+    torch.testing.assert_close(hidden.grad.double(), twin.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_frozen_head_loss_in_bfloat16() -> None:
+    """Logits are formed in bfloat16 and everything after in float32: an error of 2^-8 a logit of about 5, which
+    averages out over positions; gradients come rounded to 2^-8 of themselves."""
+    hidden = torch.randn(200, 16).bfloat16().requires_grad_()
+    weight, targets = torch.randn(50, 16).bfloat16(), torch.randint(0, 50, (200,))
+    total = loss._FrozenHeadLoss.apply(hidden, weight, targets)
+    assert total.dtype == torch.float32
+    total.backward()
+    assert hidden.grad.dtype == torch.bfloat16
+    twin = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(twin @ weight.double().T, targets, reduction="sum")
+    expected.backward()
+    assert total.item() == pytest.approx(expected.item(), rel=2e-3)
+    torch.testing.assert_close(hidden.grad.double(), twin.grad, atol=0.05, rtol=0.02)
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
+    with torch.no_grad():
+        total = loss._FrozenHeadLoss.apply(torch.randn(5, 16), torch.randn(9, 16), torch.arange(5))
+    assert not total.requires_grad
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_pack_loss_equals_transformers_row_by_row(
+    tiny_file: Callable[..., Path], architecture: str, tied: bool
+) -> None:
+    """Of every architecture, against transformers' own model; rows are longer than Gemma's window of 8."""
+    loaded = load(tiny_file(architecture, "Q4_1", tied=tied))
+    rows = token_rows(5)
+    with torch.no_grad():
+        ours = pack_loss(loaded, pack(rows, 16))
+        theirs = row_losses(tiny_model(architecture, "Q4_1", tied=tied), rows)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+@pytest.fixture
+def adapted(tiny_file: Callable[..., Path]) -> LoadedModel:
+    loaded = load(tiny_file("llama", "Q4_1"))
+    inject(loaded.model, AdapterSpec("lora", r=2))
+    lora_like(loaded.model)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"final_logit_softcapping": 3.0}, {"logit_scale": 0.5}, {"logits_scaling": 4.0}],
+    ids=["plain", "softcapping", "scale", "scaling"],
+)
+def test_heads_that_change_their_logits(adapted: LoadedModel, changes: dict[str, float]) -> None:
+    """Gemma 2 caps logits, Cohere multiplies and Granite divides them: loss and gradient as autograd has them."""
+    for key, value in changes.items():
+        setattr(adapted.model.config, key, value)
+    parameters = [p for p in adapted.model.parameters() if p.requires_grad]
+    batch = pack(token_rows(4, longest=60))
+    total = pack_loss(adapted, batch)
+    ours = torch.autograd.grad(total, parameters)
+    logits = adapted.model.lm_head(hidden_states(adapted, batch))
+    if "final_logit_softcapping" in changes:
+        logits = 3 * torch.tanh(logits / 3)
+    logits = logits * changes.get("logit_scale", 1) / changes.get("logits_scaling", 1)
+    expected = F.cross_entropy(logits, batch.targets, reduction="sum")
+    theirs = torch.autograd.grad(expected, parameters)
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)  # gradients of some 10
+
+
+def test_an_adapted_head_is_trained_too(tiny_file: Callable[..., Path]) -> None:
+    """With lm_head a target the logits are those of the adapted head, and it has a gradient."""
+    loaded = load(tiny_file("llama", "Q4_1", tied=False))
+    inject(loaded.model, AdapterSpec("lora", r=2, target_modules=("lm_head", "q_proj")))
+    lora_like(loaded.model)
+    rows = token_rows(3)
+    total = pack_loss(loaded, pack(rows, 16))
+    torch.testing.assert_close(total, row_losses(loaded.model, rows), rtol=1e-5, atol=0)
+    total.backward()
+    head = loaded.model.lm_head.adapters["default"]
+    ours = [p.grad.clone() for p in head.parameters()]
+    loaded.model.zero_grad()
+    row_losses(loaded.model, rows).backward()
+    for gradient, parameter in zip(ours, head.parameters(), strict=True):
+        assert gradient.abs().max() > 0.1
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 50, 10_000])
+def test_evaluate_is_the_mean_over_supervised_tokens(adapted: LoadedModel, max_tokens: int) -> None:
+    """Of all rows together, however they are grouped; long rows count by their tokens."""
+    rows = token_rows(7, longest=50)
+    done: list[int] = []
+    with torch.no_grad():
+        expected = row_losses(adapted.model, rows) / sum(sum(row.supervised) for row in rows)
+    assert evaluate(adapted, rows, max_tokens, done.append) == pytest.approx(float(expected), rel=1e-5)
+    assert sum(done) == 7
