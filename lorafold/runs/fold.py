@@ -89,6 +89,8 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
         OutputError: the output cannot be written; nothing is left behind.
     """
     loaded = load_trained(run)
+    if path.resolve() == loaded.path.resolve():
+        raise FoldError(f"{path} is the base of this run, without which it cannot be used again; choose another output")
     if loaded.gguf is None:
         return _fold_folder(loaded, path, to, lossy)
     if to is None and run.config.adapter.method == "qa-lora":

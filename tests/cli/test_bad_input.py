@@ -312,3 +312,11 @@ def test_a_missing_extra_is_named(trained: Trained, capsys: Output, monkeypatch:
     monkeypatch.setitem(sys.modules, "xllamacpp.xllamacpp", None)
     message = refused(capsys, "generate", model, "--prompt", "a", "--runtime", "llama.cpp")
     assert "pip install 'lorafold[llama-cpp]'" in message
+
+
+def test_fold_over_its_own_base(copied: tuple[Path, Path], capsys: Output) -> None:
+    """Even with --overwrite: a run without its base is lost."""
+    model, run = copied
+    before = model.read_bytes()
+    assert "choose another output" in refused(capsys, "fold", run, "-o", model, "--overwrite")
+    assert model.read_bytes() == before
