@@ -7,6 +7,9 @@ is declared, checked in `__post_init__`, and written resolved into a run's `conf
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -241,10 +244,11 @@ class RunConfig:
         for key in ("target_modules", "exclude_modules"):
             if key in values:
                 values[key] = (values[key],) if isinstance(values[key], str) else tuple(values[key])
-        groups = {
-            name: kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
-            for name, kind in _GROUPS.items()
-        }
+        with gather_faults():
+            groups = {
+                name: kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+                for name, kind in _GROUPS.items()
+            }
         return cls(values["model"], values["output_dir"], **groups)
 
 
@@ -280,6 +284,28 @@ def check_positive(**counts: int) -> None:
     _raise([f"{name} is {count}; it must be positive" for name, count in counts.items() if count < 1])
 
 
+_gathered: ContextVar[list[str] | None] = ContextVar("_gathered", default=None)
+
+
+@contextmanager
+def gather_faults() -> Iterator[None]:
+    """Let several configurations be made inside, and raise at the end what is wrong with any of them.
+
+    Raises:
+        ConfigError: naming every fault of all of them.
+    """
+    faults: list[str] = []
+    token = _gathered.set(faults)
+    try:
+        yield
+    finally:
+        _gathered.reset(token)
+    _raise(faults)
+
+
 def _raise(faults: list[str]) -> None:
-    if faults:
+    gathered = _gathered.get()
+    if gathered is not None:
+        gathered += faults
+    elif faults:
         raise ConfigError(faults[0] if len(faults) == 1 else "several options are wrong:\n" + bullet_list(faults))

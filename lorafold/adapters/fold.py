@@ -21,6 +21,10 @@ from lorafold.quant.linear import QuantLinear
 from lorafold.quant.weight import QuantizedWeight, encode
 
 LEAST_KEPT = 0.99  # a fold that keeps less of an update than this is refused
+SMALL_UPDATE = (
+    "\nan update this small hardly moves what the file can store: train longer or with a higher rate. Training saw "
+    "the same rounding, so the file would still be what was trained; --lossy writes it"
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def fold(model: nn.Module, name: str = "default", least_kept: float | None = LEA
         FoldError: the adapter is not of this kind, an offset is not finite, or rounding to the file's storage
             type keeps less than 99 % of a layer's update; all layers concerned are named.
     """
-    folds, faults = [], []
+    folds, faults, advice = [], [], ""
     for path, layer in adapted_layers(model):
         if name not in layer.adapters:
             continue
@@ -69,18 +73,18 @@ def fold(model: nn.Module, name: str = "default", least_kept: float | None = LEA
             )
         result = _fold_layer(path, layer, adapter)
         folds.append(result)
-        if not torch.isfinite(result.weight.format.offset(result.weight.blocks)).all():
+        if not _storable(result):
             faults.append(f"{path}: an offset is beyond float16")
         elif least_kept is not None and not result.kept >= least_kept:
             faults.append(f"{path}: float16 offsets keep only {result.kept:.1%} of the update")
+            advice = SMALL_UPDATE
     if faults:
-        raise FoldError(
-            "the adapter cannot be folded:\n"
-            + bullet_list(faults)
-            + "\nan update this small hardly moves what the file can store: train longer or with a higher rate. "
-            "Training saw the same rounding, so the file would still be what was trained; --lossy writes it"
-        )
+        raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults) + advice)
     return folds
+
+
+def _storable(result: LayerFold) -> bool:
+    return bool(torch.isfinite(result.weight.format.offset(result.weight.blocks)).all())
 
 
 @torch.no_grad()
@@ -116,13 +120,15 @@ def merged_weight(layer: AdaptedLinear) -> Tensor:
 def requantize(model: nn.Module, codec: str | None, name: str = "default") -> list[LayerFold]:
     """The lossy way: merge the adapter into the dense weights and quantize them again.
 
+    A group adapter on a matrix that already has the wanted format needs no such thing and keeps its exact place.
+
     Args:
         codec: the format to quantize to; None keeps each matrix's own.
 
     Raises:
-        FoldError: a matrix is not packed and no codec is named.
+        FoldError: a matrix is not packed and no codec is named, or an offset is beyond float16.
     """
-    folds = []
+    folds, faults = [], []
     for path, layer in adapted_layers(model):
         if name not in layer.adapters:
             continue
@@ -130,10 +136,18 @@ def requantize(model: nn.Module, codec: str | None, name: str = "default") -> li
         target = codec or (packed.codec if packed else None)
         if target is None:
             raise FoldError(f"{path} is not quantized; name a format to quantize it to: {', '.join(CODECS)}")
+        adapter = layer.adapters[name]
+        if isinstance(adapter, GroupAdapter) and packed and packed.codec == target:
+            folds.append(_fold_layer(path, layer, adapter))
+            if not _storable(folds[-1]):
+                faults.append(f"{path}: an offset is beyond float16")
+            continue
         before, wanted = base_weight(layer.base), merged_weight(layer)
         new = encode(wanted, target)
         kept = kept_fraction(new.decode() - before, wanted - before)
         step = new.format.scale(new.blocks).abs().clamp_min(torch.finfo(torch.float16).tiny)
         error = (new.decode() - wanted).abs().unflatten(1, (step.shape[1], -1)).amax(-1) / step
         folds.append(LayerFold(path, new, kept, float(error.max())))
+    if faults:
+        raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults))
     return folds

@@ -14,6 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 import lorafold
 from lorafold.cli import demo, evaluate, export, fold, generate, preview, train, verify
 from lorafold.cli.config_file import expand_config
+from lorafold.config import gather_faults
 from lorafold.errors import LoraFoldError
 
 app = App(
@@ -35,7 +36,9 @@ app.command(demo.demo)
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
     try:
-        result = app(expand_config(arguments), exit_on_error=False, print_error=False, result_action="return_value")
+        with gather_faults():  # the groups of options are made one by one while the line is parsed
+            command, bound, _ = app.parse_args(expand_config(arguments), exit_on_error=False, print_error=False)
+        result = command(*bound.args, **bound.kwargs)
     except (LoraFoldError, CycloptsError) as error:
         sys.stderr.write(f"lorafold: {error}\n")
         return 2

@@ -8,6 +8,7 @@ LoRA can. GGUF layout: llama.cpp, src/llama-adapter.cpp: per target `<tensor>.lo
 from __future__ import annotations
 
 import errno
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -37,17 +38,21 @@ def lora_pairs(loaded: LoadedModel, name: str = "default") -> dict[str, tuple[Te
             pairs[path] = (adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling)
         elif isinstance(adapter, GroupAdapter):
             a, b = adapter.expanded()
-            pairs[path] = (a, _realized(layer) if adapter.full else b, 1.0 if adapter.full else adapter.scaling)
+            pairs[path] = (
+                a,
+                _realized(layer, adapter) if adapter.full else b,
+                1.0 if adapter.full else adapter.scaling,
+            )
     return pairs
 
 
 @torch.no_grad()
-def _realized(layer: AdaptedLinear) -> Tensor:
+def _realized(layer: AdaptedLinear, adapter: GroupAdapter) -> Tensor:
     """Offset update [out, groups] after rounding to the file's storage type."""
     assert isinstance(layer.base, QuantLinear)
-    packed, offset = layer.base.packed, layer.offset()
-    assert offset is not None
-    return offset - packed.format.offset(packed.blocks)
+    packed = layer.base.packed
+    stored = packed.format.offset(packed.blocks)
+    return packed.format.move_offset(stored, adapter.offset_update()) - stored
 
 
 def export_peft(loaded: LoadedModel, spec: AdapterSpec, folder: Path, name: str = "default") -> None:
@@ -94,21 +99,20 @@ def export_gguf_adapter(loaded: LoadedModel, path: Path, name: str = "default") 
             "a GGUF adapter needs a GGUF base, whose tensor names it uses; export with --to peft instead"
         )
     with replacing(path) as temporary:
-        writer = GGUFWriter(temporary, loaded.gguf.architecture)
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", 0.0)  # the scaling is inside B, since ranks may differ
-        for module, (a, b, scaling) in lora_pairs(loaded, name).items():
-            binding = loaded.bindings[module]
-            b = b * scaling
-            if binding.row_order is not None:
-                b = b[binding.row_order.argsort().to(b.device)]
-            writer.add_tensor(f"{binding.tensor}.lora_a", a.float().cpu().contiguous().numpy())
-            writer.add_tensor(f"{binding.tensor}.lora_b", b.float().cpu().contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with closing(GGUFWriter(temporary, loaded.gguf.architecture)) as writer:
+            writer.add_type("adapter")
+            writer.add_string("adapter.type", "lora")
+            writer.add_float32("adapter.lora.alpha", 0.0)  # the scaling is inside B, since ranks may differ
+            for module, (a, b, scaling) in lora_pairs(loaded, name).items():
+                binding = loaded.bindings[module]
+                b = b * scaling
+                if binding.row_order is not None:
+                    b = b[binding.row_order.argsort().to(b.device)]
+                writer.add_tensor(f"{binding.tensor}.lora_a", a.float().cpu().contiguous().numpy())
+                writer.add_tensor(f"{binding.tensor}.lora_b", b.float().cpu().contiguous().numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
         try:
             GGUFFile(temporary)  # numpy's tofile does not report a full disk
         except FormatError as error:

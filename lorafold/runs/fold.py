@@ -26,6 +26,7 @@ from lorafold.models.gguf_file import DENSE
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import LoadedModel, load
 from lorafold.quant.ggml import CODECS
+from lorafold.quant.linear import QuantLinear
 from lorafold.runs.folder import Run
 
 DENSE_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -93,7 +94,7 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
         raise FoldError(f"{path} is the base of this run, without which it cannot be used again; choose another output")
     if loaded.gguf is None:
         return _fold_folder(loaded, path, to, lossy)
-    if to is None and run.config.adapter.method == "qa-lora":
+    if run.config.adapter.method == "qa-lora" and to in (None, _own_type(loaded)):
         folds = fold(loaded.model, least_kept=None if lossy else LEAST_KEPT)
         report = _packed_report("exact", folds, loaded)
         replaced = {loaded.bindings[f.name].tensor: _entry(loaded, f) for f in folds}
@@ -108,6 +109,15 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
         replaced = {loaded.bindings[f.name].tensor: _entry(loaded, f) for f in folds}
     write_gguf(loaded.gguf, replaced, path)
     return _sized(report, path)
+
+
+def _own_type(loaded: LoadedModel) -> str | None:
+    """The type that all adapted matrices have already, in lower case; None where they differ or are dense."""
+    types = {
+        layer.base.packed.codec.lower() if isinstance(layer.base, QuantLinear) else None
+        for _, layer in adapted_layers(loaded.model)
+    }
+    return types.pop() if len(types) == 1 else None
 
 
 def _entry(loaded: LoadedModel, result: LayerFold) -> tuple[str, np.ndarray]:

@@ -15,7 +15,7 @@ from lorafold.adapters.fold import fold
 from lorafold.adapters.inject import AdaptedLinear, adapted_layers, set_active
 from lorafold.data.tokens import Tokens
 from lorafold.errors import ConfigError
-from lorafold.evals.compare import Agreement, agreement
+from lorafold.evals.compare import ENOUGH_TOKENS, Agreement, agreement
 from lorafold.evals.llama_cpp import LlamaCpp
 from lorafold.models.exports import export_gguf_adapter
 from lorafold.models.gguf_file import GGUFFile
@@ -156,7 +156,9 @@ class RuntimeProof:
 
     def checks(self) -> list[Check]:
         """The proof as lines."""
-        lines = [Check("llama.cpp, null run", None, _figures(self.null))]
+        few = self.null.tokens < ENOUGH_TOKENS
+        note = [f"under {ENOUGH_TOKENS:,} tokens only the KL is judged"] if few else []
+        lines = [Check("llama.cpp, null run", None, "; ".join([_figures(self.null), *note]))]
         for name, found in (("folded file", self.folded), ("adapter at run time", self.adapter)):
             if found is not None:
                 broken = found.as_close_as(self.null)

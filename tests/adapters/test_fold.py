@@ -14,6 +14,7 @@ from lorafold.config import AdapterSpec
 from lorafold.errors import FoldError
 from lorafold.models.load import LoadedModel, load
 from tests.practice import lora_like, tiny_folder
+from tests.tiny import tiny_gguf
 
 Adapted = Callable[..., LoadedModel]
 
@@ -93,6 +94,7 @@ def test_update_that_float16_swallows_is_refused(adapted: Adapted) -> None:
         fold(loaded.model)
     for i in range(3):
         assert f"model.layers.{i}.self_attn.q_proj: float16 offsets keep only" in str(caught.value)
+    assert "train longer" in str(caught.value)
 
 
 def test_bound_is_where_it_is_said_to_be(adapted: Adapted) -> None:
@@ -124,6 +126,9 @@ def test_offset_beyond_float16_is_refused(adapted: Adapted, value: float) -> Non
     with pytest.raises(FoldError, match=r"model\.layers\.1\.self_attn\.k_proj: an offset is beyond float16") as caught:
         fold(loaded.model)
     assert str(caught.value).count("model.layers") == 1
+    assert "train longer" not in str(caught.value)
+    with pytest.raises(FoldError, match="beyond float16"):
+        requantize(loaded.model, "Q4_1")
 
 
 def test_lora_has_no_exact_place(adapted: Adapted) -> None:
@@ -151,6 +156,21 @@ def test_lossy_merge_says_what_it_keeps(adapted: Adapted, types: str, target: st
         # half a step, and what rounding the scale to float16 does to the largest code: 127 x 2^-11
         assert target != "Q8_0" or 0.4 < result.error_steps <= 0.5 + 127 / 2048
         assert abs(1 - result.kept) < (0.02 if target == "Q8_0" else 0.5)
+
+
+def test_lossy_merge_leaves_exact_places_exact(tmp_path: Path) -> None:
+    """Of a mixed file only the matrices that change their format are quantized again."""
+    types = {"ffn_up": "Q5_1", "token_embd": "F16", "": "Q4_1"}
+    loaded = load(tiny_gguf(tmp_path, "llama", types))
+    inject(loaded.model, AdapterSpec("qa-lora", r=4))
+    lora_like(loaded.model, scale=0.3)
+    exact = {result.name: result for result in fold(loaded.model)}
+    for result in requantize(loaded.model, "Q4_1"):
+        assert result.weight.codec == "Q4_1"
+        if exact[result.name].weight.codec == "Q4_1":
+            assert torch.equal(result.weight.blocks, exact[result.name].weight.blocks)
+        else:
+            assert result.error_steps > 0.3  # 5 bits into 4: up to half a step
 
 
 def test_lossy_merge_keeps_each_format_unless_told(adapted: Adapted, tmp_path: Path) -> None:

@@ -407,6 +407,14 @@ def test_lora_is_not_folded_in_silence(trained: Trained, tmp_path: Path, capsys:
     assert not out.exists()
 
 
+def test_own_type_by_name_is_the_exact_fold(trained: Trained, tmp_path: Path, capsys: Output) -> None:
+    _, run = trained("llama", "Q4_1")
+    assert command("fold", run, "-o", tmp_path / "plain.gguf") == 0
+    assert command("fold", run, "-o", tmp_path / "named.gguf", "--to", "q4_1") == 0
+    assert capsys.readouterr().out.count("exact fold of 21 layers") == 2
+    assert (tmp_path / "plain.gguf").read_bytes() == (tmp_path / "named.gguf").read_bytes()
+
+
 def test_lossy_fold_says_what_is_left(trained: Trained, data: Path, tmp_path: Path, capsys: Output) -> None:
     base, run = trained("llama", "Q4_1", "--method", "lora")
     out = tmp_path / "out.gguf"

@@ -151,6 +151,15 @@ def test_value_that_is_not_allowed(train: Refused, options: tuple[object, ...], 
     assert expected in train(*options)
 
 
+def test_wrong_options_of_every_group_are_named_together(train: Refused, tmp_path: Path) -> None:
+    message = train("--r", 0, "--eval-fraction", 2, "--warmup-ratio", 7)
+    assert [name in message for name in ("r is 0", "eval_fraction is 2", "warmup_ratio is 7")] == [True] * 3
+    assert message.count("\n  - ") == 3
+    (tmp_path / "wrong.yaml").write_text("r: 0\nseed: 1\nmax_length: -4\n")
+    message = train("--config", tmp_path / "wrong.yaml", "--batch", 3)
+    assert "--batch" in message  # what is no option at all comes first
+
+
 def test_every_kind_of_option_in_a_configuration(trained: Trained, data: Path, tmp_path: Path) -> None:
     """Lists, switches, empty values; the command line takes back a switch."""
     model, _ = trained()

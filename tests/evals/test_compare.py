@@ -118,6 +118,13 @@ def test_bounds_relative_to_the_null_run(found: Agreement, broken: list[str]) ->
         assert expected in text
 
 
+def test_few_tokens_are_judged_by_the_kl_alone() -> None:
+    """Of 85 predictions three more or fewer agree by chance."""
+    null = Agreement(999, mean_kl=1e-3, top1=0.97, loss_torch=2.0, loss_runtime=2.003)
+    assert Agreement(999, 1.49e-3, 0.90, 1.5, 1.6).as_close_as(null) == []
+    assert len(Agreement(999, 1.51e-3, 0.90, 1.5, 1.6).as_close_as(null)) == 1
+
+
 def test_what_is_not_a_number_is_not_close() -> None:
     nan = float("nan")
     assert Agreement(1000, nan, 0.99, 1.5, nan).as_close_as(NULL)

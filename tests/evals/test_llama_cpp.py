@@ -25,7 +25,7 @@ CERTAIN = 0.5  # a lead of the first token over the second that such rounding do
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def _one_llama_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp's threads spin at their barriers: beside other processes two are far slower than one."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
 
