@@ -75,8 +75,8 @@ def row(args: argparse.Namespace, name: str, runs: dict[float, Run], display: Di
     rate, best = min(runs.items(), key=lambda item: item[1].summary["eval_loss_after"])
     path = best.path / "deployed.gguf"
     report = fold_run(best, path, lossy=best.config.adapter.method == "lora")
-    test = replace(best.config.data, eval_data=args.test, eval_limit=args.eval_rows)
-    gain = measure_gain(replace(best, config=replace(best.config, data=test)), path, display)
+    test = replace(best.config.data, eval_limit=args.eval_rows)
+    gain = measure_gain(replace(best, config=replace(best.config, data=test)), path, display, args.test)
     path.unlink()
     return {
         "method": name,

@@ -36,6 +36,8 @@ class AdapterSpec:
         target_modules: `all-linear` (every linear layer but the head), layer names, or one regular expression.
         exclude_modules: layer names or one regular expression, taken out of the targets.
         use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
+        k_quants: how qa-lora adapts Q4_K and Q5_K: `promote` to Q4_1 and Q5_1 first (float16 offsets; the file grows
+            by half a bit per weight), or `in-place` (same file size; offsets move in the steps the format has).
     """
 
     method: Method = "qa-lora"
@@ -45,6 +47,7 @@ class AdapterSpec:
     target_modules: tuple[str, ...] = ("all-linear",)
     exclude_modules: tuple[str, ...] = ()
     use_rslora: bool = False
+    k_quants: Literal["promote", "in-place"] = "promote"
 
     def __post_init__(self) -> None:
         faults = []
@@ -54,14 +57,16 @@ class AdapterSpec:
             faults.append(
                 "r = full trains offsets directly, which only --method qa-lora can; give lora a rank such as 8"
             )
-        if self.r != FULL and (isinstance(self.r, str) or self.r < 1):
+        if self.r != FULL and (type(self.r) is not int or self.r < 1):
             faults.append(f"r is {self.r!r}; it must be a positive whole number or 'full'")
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             faults.append(f"lora_alpha is {self.lora_alpha}; it must be positive")
         if not 0 <= self.lora_dropout < 1:
             faults.append(f"lora_dropout is {self.lora_dropout}; it must lie in [0, 1)")
         if self.lora_dropout and self.method == "qa-lora":
             faults.append("lora_dropout acts on activations, which qa-lora never sees; leave it 0 or use --method lora")
+        if self.k_quants not in ("promote", "in-place"):
+            faults.append(f"k_quants is {self.k_quants!r}; promote and in-place are known")
         if not self.target_modules:
             faults.append("target_modules is empty; all-linear adapts every linear layer but the head")
         _raise(faults)
@@ -90,43 +95,60 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What is learned from.
+class RowsConfig:
+    """Rows, and how they become tokens.
 
     Attributes:
         data: JSONL, JSON, CSV, TSV or Parquet file, or a folder of them.
-        eval_data: held-out rows; without it a part of the data is held out.
-        eval_fraction: the part held out when there is no eval_data.
         prompt: template that makes the prompt from columns, such as "Describe {name}.".
         completion: template that makes the completion from columns.
         template: `chat` (the model's own), `alpaca`, `plain`, or `auto`: chat where the model has one.
         max_length: tokens kept of a row; longer rows are cut on the right and counted.
         supervise: `completion` (completions or assistant turns) or `all` tokens.
         limit: use the first N rows of data only.
-        eval_limit: use the first N held-out rows only.
     """
 
     data: Path
-    eval_data: Path | None = None
-    eval_fraction: float = 0.1
     prompt: str | None = None
     completion: str | None = None
     template: str = "auto"
     max_length: int = 1024
     supervise: Literal["completion", "all"] = "completion"
     limit: int | None = None
-    eval_limit: int | None = None
 
     def __post_init__(self) -> None:
+        _raise(self.faults())
+
+    def faults(self) -> list[str]:
+        """What is wrong with the values."""
         faults = []
         if (self.prompt is None) != (self.completion is None):
             faults.append("prompt and completion templates go together; one of them is missing")
-        if not 0 < self.eval_fraction < 1:
-            faults.append(f"eval_fraction is {self.eval_fraction}; it must lie between 0 and 1")
         if self.supervise not in ("completion", "all"):
             faults.append(f"supervise is {self.supervise!r}; completion and all are known")
-        faults += _not_positive(self, "max_length", "limit", "eval_limit")
-        _raise(faults)
+        return faults + _not_positive(self, "max_length", "limit")
+
+
+@dataclass(frozen=True)
+class DataConfig(RowsConfig):
+    """What is learned from, and what is held out.
+
+    Attributes:
+        eval_data: held-out rows; without it a validation or test split of a data folder, or else a part of the data.
+        eval_fraction: the part held out when there are no other held-out rows.
+        eval_limit: use the first N held-out rows only.
+    """
+
+    eval_data: Path | None = None
+    eval_fraction: float = 0.1
+    eval_limit: int | None = None
+
+    def faults(self) -> list[str]:
+        """What is wrong with the values."""
+        faults = super().faults()
+        if not 0 < self.eval_fraction < 1:
+            faults.append(f"eval_fraction is {self.eval_fraction}; it must lie between 0 and 1")
+        return faults + _not_positive(self, "eval_limit")
 
 
 @dataclass(frozen=True)
@@ -188,10 +210,12 @@ class TrainingConfig:
         if self.lr_scheduler_type not in ("linear", "cosine", "constant"):
             faults.append(f"lr_scheduler_type is {self.lr_scheduler_type!r}; linear, cosine and constant are known")
         faults += [
-            f"{name} is negative"
-            for name in ("weight_decay", "max_grad_norm", "sample_rows")
-            if getattr(self, name) < 0
+            f"{name} is {getattr(self, name)}; it must be 0 or positive"
+            for name in ("weight_decay", "max_grad_norm", "sample_rows", "seed")
+            if not 0 <= getattr(self, name) < math.inf
         ]
+        if self.seed >= 1 << 63:
+            faults.append(f"seed is {self.seed}; it must be below 2^63")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             faults.append(f"dtype is {self.dtype!r}; auto, float32 and bfloat16 are known")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -216,10 +240,18 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def resolved(self) -> RunConfig:
-        """The same run with every default that depends on something else written out."""
+        """The same run with every default that depends on something else written out, and paths that hold anywhere."""
+        data = replace(
+            self.data,
+            data=self.data.data.absolute(),
+            eval_data=self.data.eval_data.absolute() if self.data.eval_data else None,
+        )
+        model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
         adapter = replace(self.adapter, lora_alpha=self.adapter.alpha)
         rate = self.training.learning_rate or self.adapter.default_learning_rate
-        return replace(self, adapter=adapter, training=replace(self.training, learning_rate=rate))
+        return replace(
+            self, model=model, data=data, adapter=adapter, training=replace(self.training, learning_rate=rate)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Flat mapping of plain values, ready for YAML."""

@@ -12,24 +12,44 @@ from pathlib import Path
 
 from lorafold.errors import LoraFoldError
 
+_MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".md")
+
 
 class OutputError(LoraFoldError):
     """An output path exists already, cannot be written, or the disk is full."""
 
 
-def check_output(path: Path, overwrite: bool = False) -> None:
+def check_output(path: Path, overwrite: bool = False, advice: str = "choose another path or pass --overwrite") -> None:
     """Refuse an output path before any work is done.
 
+    Args:
+        advice: what to do about a path that exists already.
+
     Raises:
-        OutputError: it exists (and may not be overwritten), or its folder is missing or not writable.
+        OutputError: it exists (and may not be overwritten, or is a folder with more in it than a model or an adapter),
+            or its folder is missing or not writable.
     """
     if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists already; choose another path or pass --overwrite")
+        raise OutputError(f"{path} exists already; {advice}")
+    if path.is_dir():
+        _refuse_other_things(path)
     parent = _existing_parent(path)
     if not parent.is_dir():
         raise OutputError(f"{path} cannot be written: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{path} cannot be written: no permission to write in {parent}")
+
+
+def _refuse_other_things(folder: Path) -> None:
+    """A folder is replaced whole, so it must hold nothing but the files of a model or an adapter."""
+    names = {p.name: p.is_file() and p.suffix in _MODEL_FILES for p in folder.iterdir()}
+    known = all(names.values()) and not names.keys().isdisjoint(("config.json", "adapter_config.json"))
+    if names and not known:
+        other = sorted(name for name, of_a_model in names.items() if not of_a_model) or sorted(names)
+        raise OutputError(
+            f"{folder} is not replaced: besides model or adapter files it holds {', '.join(other[:5])}; choose another "
+            "path, or remove the folder yourself"
+        )
 
 
 def _existing_parent(path: Path) -> Path:
@@ -64,7 +84,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder: it appears whole under its name, or not at all. An older one is replaced."""
+    """The same for a folder: it appears whole under its name, or not at all.
+
+    An older one is replaced if it holds nothing but the files of a model or an adapter.
+    """
+    path = path.resolve()
+    if path.is_dir():
+        _refuse_other_things(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen2Co
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto import AutoModelForCausalLM
 
+from tests.ggml_quantizer import GGML_ONLY, ggml_quantize
+
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 ARCHITECTURES = ("llama", "llama3", "qwen2", "qwen3", "gemma3")  # llama3: llama with Llama 3's rope factors
 
@@ -54,6 +56,7 @@ def tiny_gguf(
     vocabulary: str = "bpe",
     edit: Edit | None = None,
     name: str = "tiny.gguf",
+    wide: bool = False,
 ) -> Path:
     """Write a tiny model as GGUF and return the file's path.
 
@@ -69,8 +72,9 @@ def tiny_gguf(
         edit: called with metadata (key -> value) and tensors (name -> (data, type)) before they are written, to
             change, add or remove any.
         name: of the file.
+        wide: rows of 256 and 512, which K-quants need.
     """
-    model, tensors = _rounded(architecture, types, tied, bias, seed)
+    model, tensors = _rounded(architecture, types, tied, bias, seed, wide)
     metadata = _metadata(model.config, architecture) | _VOCABULARIES[vocabulary](architecture)
     if edit is not None:
         edit(metadata, tensors)
@@ -98,13 +102,14 @@ def tiny_model(
     tied: bool = True,
     bias: bool = False,
     seed: int = 0,
+    wide: bool = False,
 ) -> PreTrainedModel:
     """transformers' own float32 model with the weights that `tiny_gguf` of the same options decodes to."""
-    return _rounded(architecture, types, tied, bias, seed)[0]
+    return _rounded(architecture, types, tied, bias, seed, wide)[0]
 
 
-def tiny_config(architecture: str = "llama", tied: bool = True, bias: bool = False) -> Any:
-    """The transformers config: 3 layers (Gemma 3: 6, of which the last is the full one) of width 64."""
+def tiny_config(architecture: str = "llama", tied: bool = True, bias: bool = False, wide: bool = False) -> Any:
+    """The transformers config: 3 layers (Gemma 3: 6, of which the last is the full one) of width 64, or 256."""
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -115,9 +120,11 @@ def tiny_config(architecture: str = "llama", tied: bool = True, bias: bool = Fal
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": tied,
-        "initializer_range": 0.15,
+        "initializer_range": 0.075 if wide else 0.15,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
+    if wide:
+        common |= {"hidden_size": 256, "intermediate_size": 512}
     if architecture == "llama":
         return LlamaConfig(**common, attention_bias=bias)
     if architecture == "llama3":
@@ -141,10 +148,10 @@ def tiny_config(architecture: str = "llama", tied: bool = True, bias: bool = Fal
 
 
 def _rounded(
-    architecture: str, types: str | Mapping[str, str], tied: bool, bias: bool, seed: int
+    architecture: str, types: str | Mapping[str, str], tied: bool, bias: bool, seed: int, wide: bool
 ) -> tuple[PreTrainedModel, Tensors]:
     """The model with its weights rounded to the types, and those weights as the file stores them."""
-    config = tiny_config(architecture, tied, bias)
+    config = tiny_config(architecture, tied, bias, wide)
     gguf_arch = _gguf_arch(architecture)
     names = get_tensor_name_map(
         next(arch for arch, text in MODEL_ARCH_NAMES.items() if text == gguf_arch and isinstance(arch, MODEL_ARCH)),
@@ -163,7 +170,7 @@ def _rounded(
         assert name is not None, hf_name
         value = parameter.detach().numpy()
         kind = "F32" if value.ndim == 1 else types if isinstance(types, str) else _first_match(types, name)
-        stored = quantize(value, GGMLQuantizationType[kind])
+        stored = ggml_quantize(value, kind) if kind in GGML_ONLY else quantize(value, GGMLQuantizationType[kind])
         parameter.data = torch.from_numpy(dequantize(stored, GGMLQuantizationType[kind]).reshape(value.shape).copy())
         if gguf_arch == "llama" and ".attn_q." in name:
             stored = _permute(stored, config.num_attention_heads)

@@ -16,11 +16,12 @@ from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.inject import AdaptedLinear, adapted_layers
 from lorafold.adapters.lora import LoRA
 from lorafold.errors import FoldError, bullet_list
-from lorafold.quant.ggml import CODECS
+from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantLinear
-from lorafold.quant.weight import QuantizedWeight, encode
+from lorafold.quant.weight import QuantizedWeight, encode, steps_apart
 
 LEAST_KEPT = 0.99  # a fold that keeps less of an update than this is refused
+ENCODABLE = [name for name, codec in CODECS.items() if codec.encodes]
 SMALL_UPDATE = (
     "\nan update this small hardly moves what the file can store: train longer or with a higher rate. Training saw "
     "the same rounding, so the file would still be what was trained; --lossy writes it"
@@ -135,8 +136,11 @@ def requantize(model: nn.Module, codec: str | None, name: str = "default") -> li
         packed = layer.base.packed if isinstance(layer.base, QuantLinear) else None
         target = codec or (packed.codec if packed else None)
         if target is None:
-            raise FoldError(f"{path} is not quantized; name a format to quantize it to: {', '.join(CODECS)}")
+            raise FoldError(f"{path} is not quantized; name a format to quantize it to: {', '.join(ENCODABLE)}")
         adapter = layer.adapters[name]
+        if not CODECS[target].encodes and not (isinstance(adapter, GroupAdapter) and packed and packed.codec == target):
+            faults.append(f"{path}: {target} is made by llama.cpp's quantizer only; name one of {', '.join(ENCODABLE)}")
+            continue
         if isinstance(adapter, GroupAdapter) and packed and packed.codec == target:
             folds.append(_fold_layer(path, layer, adapter))
             if not _storable(folds[-1]):
@@ -145,9 +149,7 @@ def requantize(model: nn.Module, codec: str | None, name: str = "default") -> li
         before, wanted = base_weight(layer.base), merged_weight(layer)
         new = encode(wanted, target)
         kept = kept_fraction(new.decode() - before, wanted - before)
-        step = new.format.scale(new.blocks).abs().clamp_min(torch.finfo(torch.float16).tiny)
-        error = (new.decode() - wanted).abs().unflatten(1, (step.shape[1], -1)).amax(-1) / step
-        folds.append(LayerFold(path, new, kept, float(error.max())))
+        folds.append(LayerFold(path, new, kept, steps_apart(wanted, new)))
     if faults:
         raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults))
     return folds

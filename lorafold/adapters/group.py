@@ -66,7 +66,11 @@ class GroupAdapter(nn.Module):
         G: row g of A marks the inputs of group g, B is the update itself, and s is 1.
         """
         if self.full:
-            marks = torch.eye(self.offset_delta.shape[1], device=self.offset_delta.device)
-            return marks.repeat_interleave(self.group_size, dim=1), self.offset_delta.detach()
+            return self.group_marks(), self.offset_delta.detach()
         a = self.lora_A.detach().repeat_interleave(self.group_size, dim=1) / self.pooling_divisor
         return a, self.lora_B.detach()
+
+    def group_marks(self) -> Tensor:
+        """[G, I]: row g is 1 on the inputs of group g, so offsets [O, G] times this is their update of the weights."""
+        parameter = self.offset_delta if self.full else self.lora_A
+        return torch.eye(parameter.shape[1], device=parameter.device).repeat_interleave(self.group_size, dim=1)

@@ -13,9 +13,9 @@ from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.lora import LoRA
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, bullet_list, nearest
-from lorafold.quant.ggml import CODECS
+from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantLinear
-from lorafold.quant.weight import promote
+from lorafold.quant.weight import promote, steps_apart
 
 ALL_LINEAR = "all-linear"
 HEADS = ("lm_head",)  # what all-linear leaves out, as PEFT does
@@ -67,21 +67,30 @@ class Injection:
     Attributes:
         modules: names of the adapted layers.
         promotions: names of layers whose format was changed first -> (old codec, new codec).
+        promotion_error: largest change of a weight by a promotion, in quantization steps.
         added_bytes: bytes the promotions add to the file.
+        frozen: names of layers that all-linear means and that the method cannot adapt -> their type.
         trainable: number of trained parameters.
     """
 
     modules: list[str]
     promotions: dict[str, tuple[str, str]] = field(default_factory=dict)
+    promotion_error: float = 0.0
     added_bytes: int = 0
+    frozen: dict[str, str] = field(default_factory=dict)
     trainable: int = 0
 
     def describe(self) -> str:
-        """One or two sentences for the user."""
-        text = f"{self.trainable:,} trainable parameters in {len(self.modules)} layers"
+        """What happens to the matrices of each type, for the user."""
+        lines = [f"{self.trainable:,} trainable parameters in {len(self.modules)} layers"]
         for (old, new), count in Counter(self.promotions.values()).items():
-            text += f"; {count} matrices promoted from {old} to {new} (same weights)"
-        return text + (f", {self.added_bytes:,} bytes more on disk" if self.added_bytes else "")
+            same = "same weights" if not CODECS[old].affine else f"weights within {self.promotion_error:.3f} of a step"
+            lines.append(f"{count} matrices promoted from {old} to {new} ({same})")
+        if self.added_bytes:
+            lines[-1] += f", {self.added_bytes:,} bytes more on disk"
+        for kind, count in Counter(self.frozen.values()).items():
+            lines.append(f"{count} matrices of type {kind} stay as they are: it stores no offset to learn")
+        return "; ".join(lines)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear | QuantLinear]:
@@ -126,6 +135,13 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
     for target in spec.exclude_modules:
         if not any(_matches(n, target, lone) for n in names):
             raise AdapterError(f"exclude_modules: {target!r} matches no linear layer{nearest(target, _endings(names))}")
+    if tied := [
+        n for n in chosen if n in HEADS and getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    ]:
+        raise AdapterError(
+            f"{tied[0]} has the embedding's weights in this model, so an update of it alone could not be written back; "
+            "leave it out of target_modules"
+        )
     kept = [n for n in names if n in chosen and not any(_matches(n, e, lone) for e in spec.exclude_modules)]
     if not kept:
         raise AdapterError("exclude_modules leaves no layer to adapt; exclude less")
@@ -152,8 +168,9 @@ def _endings(names: list[str]) -> Counter[str]:
 def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Injection:
     """Add an adapter to every target layer and make it the active one; base weights stay frozen.
 
-    Packed matrices without a stored offset that QA-LoRA targets are promoted to the affine format that holds the
-    same weights (Q4_0 to Q4_1, Q5_0 to Q5_1).
+    Packed matrices without a float16 offset that QA-LoRA targets are promoted to the format that holds the same weights
+    with one (Q4_0 and Q4_K to Q4_1, Q5_0 and Q5_K to Q5_1). Of a file of mixed types, `all-linear` leaves matrices
+    frozen whose type stores no offset; named targets of such a type are refused.
 
     Raises:
         AdapterError: a target matches nothing, or has a format that the method cannot adapt.
@@ -162,7 +179,11 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     targets = find_targets(model, spec)
     result = Injection(targets)
     if spec.method == "qa-lora":
-        prepare_group_bases(layers, targets, result)
+        if ALL_LINEAR in spec.target_modules:
+            result.frozen = {path: kind for path in targets if (kind := _without_offset(layers[path]))}
+            if len(result.frozen) < len(targets):
+                targets = result.modules = [path for path in targets if path not in result.frozen]
+        prepare_group_bases(layers, targets, result, spec.k_quants)
     for path in targets:
         adapter = make_adapter(layers[path], spec)
         attach(model, path, adapter, name)
@@ -198,25 +219,31 @@ def make_adapter(base: nn.Linear | QuantLinear, spec: AdapterSpec) -> Adapter:
     return LoRA(base.in_features, base.out_features, spec.r, spec.scaling, spec.lora_dropout)
 
 
-def prepare_group_bases(layers: dict[str, nn.Linear | QuantLinear], targets: list[str], result: Injection) -> None:
+def prepare_group_bases(
+    layers: dict[str, nn.Linear | QuantLinear], targets: list[str], result: Injection, k_quants: str
+) -> None:
     """Make every target's format one that stores offsets, or refuse them all at once.
 
     Raises:
         AdapterError: targets are dense or have a format that stores no offset and is not promoted.
     """
     _refuse_unsuitable(layers, targets)
-    _promote_all(layers, targets, result)
+    _promote_all(layers, targets, result, k_quants)
+
+
+def _without_offset(layer: nn.Linear | QuantLinear) -> str | None:
+    """The layer's type if that has no offset to learn."""
+    if not isinstance(layer, QuantLinear):
+        return str(layer.weight.dtype).removeprefix("torch.")
+    codec = layer.packed.format
+    return codec.name if not codec.affine and codec.promotes_to is None else None
 
 
 def _refuse_unsuitable(layers: dict[str, nn.Linear | QuantLinear], targets: list[str]) -> None:
     bad: dict[str, list[str]] = {}
     for path in targets:
-        layer = layers[path]
-        codec = layer.packed.format if isinstance(layer, QuantLinear) else None
-        if codec is None:
-            bad.setdefault(str(layer.weight.dtype).removeprefix("torch."), []).append(path)
-        elif not codec.affine and codec.promotes_to is None:
-            bad.setdefault(codec.name, []).append(path)
+        if kind := _without_offset(layers[path]):
+            bad.setdefault(kind, []).append(path)
     if bad:
         faults = [
             f"{kind}: {len(paths)} layers ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
@@ -231,17 +258,21 @@ def _refuse_unsuitable(layers: dict[str, nn.Linear | QuantLinear], targets: list
         )
 
 
-def _promote_all(layers: dict[str, nn.Linear | QuantLinear], targets: list[str], result: Injection) -> None:
+def _promote_all(
+    layers: dict[str, nn.Linear | QuantLinear], targets: list[str], result: Injection, k_quants: str
+) -> None:
     for path in targets:
         layer = layers[path]
         assert isinstance(layer, QuantLinear)
         old = layer.packed
-        if old.format.affine:
+        if old.format.affine and (old.format.promotes_to is None or k_quants == "in-place"):
             continue
         try:
             new = promote(old)
         except ValueError as error:
             raise AdapterError(f"{path} cannot be adapted with qa-lora: {error}") from None
+        if old.format.affine:
+            result.promotion_error = max(result.promotion_error, steps_apart(old.decode(), new))
         layer.packed = new
         result.promotions[path] = (old.codec, new.codec)
         result.added_bytes += new.nbytes - old.nbytes

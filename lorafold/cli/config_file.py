@@ -31,6 +31,11 @@ def expand_config(arguments: list[str]) -> list[str]:
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
+    given = [a for a in arguments if a.partition("=")[0] == "--config"]
+    if given and arguments[0] != "train":
+        raise ConfigError("--config holds the options of a run: lorafold train takes it, the other commands do not")
+    if len(given) > 1:
+        raise ConfigError("--config is given twice; put all options into one file")
     for i, argument in enumerate(arguments):
         if argument.startswith("--config="):
             return arguments[:i] + arguments[i + 1 :], Path(argument.partition("=")[2])
@@ -52,6 +57,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} must map option names to values")
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
     unknown = [f"unknown key {key!r}{nearest(key, option_names())}" for key in values if key not in option_names()]
+    if values.get("target_modules") == []:
+        unknown.append("target_modules is empty; all-linear adapts every linear layer but the head")
     if unknown:
         raise ConfigError(f"{path}:\n" + bullet_list(unknown))
     return values

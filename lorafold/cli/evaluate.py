@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from lorafold.config import DataConfig
+from lorafold.config import RowsConfig
+
+if TYPE_CHECKING:
+    from lorafold.data.tokens import Tokens
+    from lorafold.runs.display import Display
 
 
 def evaluate(
     models: tuple[str, ...],
     /,
     *,
-    data: Annotated[DataConfig, Parameter(name="*")],
+    data: Annotated[RowsConfig, Parameter(name="*")],
     adapter: tuple[Path, ...] = (),
     runtime: Literal["torch", "llama.cpp"] = "torch",
     dtype: Literal["auto", "float32", "bfloat16"] = "float32",
 ) -> None:
     """Mean loss per supervised token of models, folded files or adapters on the same rows.
+
+    With a run folder as --data these are the rows that were held out of that run.
 
     Args:
         models: one or more models; adapters go on the first.
@@ -36,18 +42,17 @@ def evaluate(
     from lorafold.evals.compare import runtime_loss
     from lorafold.evals.loss import evaluate as evaluate_in_torch
     from lorafold.runs.display import Display
-    from lorafold.runs.prepare import rows_of
 
     display = Display()
     table = Table("model", "runtime", "loss", "perplexity", "tokens")
     for variant in variants(models, adapter):
         if runtime == "torch":
             loaded = in_torch(variant, dtype)
-            rows = rows_of(data, loaded.tokenizer, display)
+            rows = _rows(data, loaded.tokenizer, display)
             with display.bar(variant.label, len(rows)) as done:
                 loss = evaluate_in_torch(loaded, rows, progress=done)
         else:
-            rows = rows_of(data, tokenizer_of(variant, runtime), display)
+            rows = _rows(data, tokenizer_of(variant, runtime), display)
             with (
                 display.bar(variant.label, len(rows)) as done,
                 in_llama_cpp(variant, max(len(r.ids) for r in rows)) as engine,
@@ -56,3 +61,11 @@ def evaluate(
         count = sum(sum(row.supervised) for row in rows)
         table.add_row(variant.label, runtime, f"{loss:.4f}", f"{math.exp(loss):.3f}", f"{count:,}")
     Console(markup=False).print(table)
+
+
+def _rows(data: RowsConfig, tokenizer: Any, display: Display) -> list[Tokens]:
+    from lorafold.runs.prepare import all_rows
+
+    tokenized = all_rows(data, tokenizer)
+    display.say(f"data: {tokenized.describe()}")
+    return tokenized.rows

@@ -48,6 +48,9 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of a pipe has gone, as in `lorafold preview ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # such as a path longer than the system allows
+        sys.stderr.write(f"lorafold: {error}\n")
+        return 2
     return result if isinstance(result, int) else 0
 
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lorafold.config import DataConfig, check_positive
+from lorafold.config import RowsConfig, check_positive
 
 
-def preview(model: str, *, data: Annotated[DataConfig, Parameter(name="*")], rows: int = 2) -> None:
+def preview(model: str, *, data: Annotated[RowsConfig, Parameter(name="*")], rows: int = 2) -> None:
     """Show rows as the tokens that will be trained, the supervised ones marked.
 
     Args:
@@ -21,12 +21,12 @@ def preview(model: str, *, data: Annotated[DataConfig, Parameter(name="*")], row
     from lorafold.data.preview import render
     from lorafold.models.load import load_tokenizer_only
     from lorafold.runs.display import Display
-    from lorafold.runs.prepare import tokenized_of
+    from lorafold.runs.prepare import all_rows
 
     check_positive(rows=rows)
     console = Console()
     tokenizer = load_tokenizer_only(model)
-    tokenized = tokenized_of(data, tokenizer)
+    tokenized = all_rows(data, tokenizer)
     for row in tokenized.rows[:rows]:
         console.rule(f"row {row.row}: {len(row.ids)} tokens, {sum(row.supervised)} supervised")
         console.print(render(row, tokenizer))

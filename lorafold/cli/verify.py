@@ -16,6 +16,7 @@ def verify(file: Path, *, run: Path, data: Path | None = None, tokens: int = 200
         runtime: compare in llama.cpp, where xllamacpp is installed.
     """
     from lorafold.config import check_positive
+    from lorafold.errors import DataError
     from lorafold.evals import llama_cpp
     from lorafold.models.gguf_file import GGUFFile
     from lorafold.models.tokenizer import load_tokenizer
@@ -30,7 +31,11 @@ def verify(file: Path, *, run: Path, data: Path | None = None, tokens: int = 200
     display = Display()
     if runtime and llama_cpp.available():
         tokenizer = load_tokenizer(GGUFFile(file))
-        rows = held_out_rows(trained.config.data, tokenizer, trained.config.training.seed, data).rows
+        try:
+            rows = held_out_rows(trained, tokenizer, data).rows
+        except DataError:
+            output(check_table(checks))  # these hold whatever has become of the data
+            raise
         checks += verify_runtime(file, trained, rows, display, tokens).checks()
     elif runtime:
         display.say("llama.cpp was left out: pip install 'lorafold[llama-cpp]' brings it")

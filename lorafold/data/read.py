@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 from lorafold.data.readers import READERS, Row, check_utf8, known_suffixes, reader_of, suffix_of
 from lorafold.errors import ConfigError, DataError, bullet_list
 
-__all__ = ["READERS", "Rows", "read_rows", "split_rows"]
+__all__ = ["READERS", "Rows", "has_split", "read_rows", "split_rows"]
 _LAYOUT = 1  # of the stored table; raise it when the encoding of cells changes
 
 
@@ -111,17 +111,27 @@ def _find(path: Path, split: str | None) -> list[Path]:
 
 
 def _find_below(folder: Path, split: str | None) -> list[Path]:
-    named = {file: file.relative_to(folder).parts for file in sorted(folder.rglob("*")) if file.is_file()}
-    files = [f for f, parts in named.items() if reader_of(f) and not any(part[0] in "._" for part in parts)]
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = [file for file in found if reader_of(file) and _in_split(folder, file, "")]
     if not files:
         raise DataError(f"{folder}: no data file in this folder; known suffixes: {known_suffixes()}")
     if split is None:
         return files
-    chosen = [file for file in files if any(part.startswith(split) for part in named[file])]
+    chosen = [file for file in files if _in_split(folder, file, split)]
     if not chosen:
         names = bullet_list(str(file.relative_to(folder)) for file in files[:10])
         raise DataError(f"{folder}: no file or folder below it begins with {split!r}; the data files:\n{names}")
     return chosen
+
+
+def has_split(folder: Path, split: str) -> bool:
+    """Whether a folder has data files of a split; see `read_rows`."""
+    return any(reader_of(file) and _in_split(folder, file, split) for file in folder.rglob("*") if file.is_file())
+
+
+def _in_split(folder: Path, file: Path, split: str) -> bool:
+    parts = file.relative_to(folder).parts
+    return any(part.startswith(split) for part in parts) and not any(part[0] in "._" for part in parts)
 
 
 def _scan(files: list[Path]) -> dict[str, bool]:

@@ -145,7 +145,10 @@ def prompt_ids(example: Example | Sequence[Message], tokenizer: Any, template: s
         DataError: the conversation does not fit the template.
     """
     request = render_request(example, tokenizer, template)
-    return _encode([request.text], tokenizer, request.add_special_tokens)[0][0]
+    ids = _encode([request.text], tokenizer, request.add_special_tokens)[0][0]
+    if not ids:
+        raise DataError("the prompt is empty: there is nothing to go on from")
+    return ids
 
 
 def _check_options(tokenizer: Any, max_length: int, supervise: str) -> None:

@@ -10,13 +10,28 @@ from transformers import DynamicCache
 from lorafold.models.load import LoadedModel
 from lorafold.quant.linear import decoded_once
 
+# what llama.cpp takes for the end of a turn by its text (llama-vocab.cpp, special_eog_ids)
+_END_OF_TURN = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+)
+
 
 def end_tokens(loaded: LoadedModel) -> set[int]:
-    """Token ids after which a model has finished: those of the tokenizer and of the generation config."""
+    """Token ids after which a model has finished: those of the tokenizer, the generation config and the GGUF file."""
     ids = {loaded.tokenizer.eos_token_id}
     for config in (loaded.model.config, loaded.model.generation_config):
         eos = getattr(config, "eos_token_id", None)
         ids |= set(eos) if isinstance(eos, list) else {eos}
+    if loaded.gguf is not None:
+        ids |= {loaded.gguf.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom")}
+        special = loaded.tokenizer.get_added_vocab()
+        ids |= {special.get(text) for text in _END_OF_TURN}
     return {i for i in ids if i is not None}
 
 

@@ -88,6 +88,9 @@ def _library() -> ctypes.CDLL:
         ),
         "llama_log_set": (None, [_LOG_CALLBACK, pointer]),
     }
+    missing = [name for name in signatures if not hasattr(lib, name)]
+    if missing:
+        raise FormatError(f"the installed xllamacpp lacks {', '.join(missing)}; install the version in constraints.txt")
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments

@@ -52,7 +52,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 def hidden_states(loaded: LoadedModel, batch: Pack) -> Tensor:
     """Last hidden states [S, H] at the positions of a pack that predict a supervised token."""
-    out = loaded.model.model(
+    out = loaded.model.base_model(
         input_ids=batch.ids[None], position_ids=batch.positions[None], segments=batch.segments, use_cache=False
     )
     return out.last_hidden_state[0].index_select(0, batch.target_at)

@@ -36,6 +36,7 @@ from lorafold.files import replacing_folder
 from lorafold.models.load import LoadedModel
 from lorafold.quant.linear import QuantLinear
 
+POOLING = "sqrt(group_size)"  # adapters/group.py
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's name for the model inside its wrapper
 _UNSUPPORTED = {  # PEFT options that change what the tensors mean -> the value under which they change nothing
@@ -75,9 +76,8 @@ def save_adapter(folder: Path, loaded: LoadedModel, spec: AdapterSpec, name: str
     }
     header = {"format": "pt", "base_weights_sha256": loaded.weights_hash()}
     if spec.method == "qa-lora":
-        adapter = next(layer.adapters[name] for _, layer in adapted_layers(loaded.model) if name in layer.adapters)
-        assert isinstance(adapter, GroupAdapter)
-        header |= {"pooling_divisor": repr(adapter.pooling_divisor), "group_size": str(adapter.group_size)}
+        config["k_quants"] = spec.k_quants
+        header["pooling_divisor"] = POOLING
     tensors = {_file_key(key): value.detach().cpu().contiguous() for key, value in state.items()}
     write_adapter_folder(folder, config, tensors, header)
 
@@ -142,6 +142,7 @@ def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
             lora_alpha=config["lora_alpha"],
             lora_dropout=config.get("lora_dropout", 0.0),
             use_rslora=config.get("use_rslora", False),
+            k_quants=config.get("k_quants", "promote"),
         )
     except (KeyError, TypeError, ConfigError) as error:
         raise AdapterError(f"{folder / CONFIG} is incomplete or impossible: {error}") from None
@@ -151,6 +152,8 @@ def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
 def _malformed(config: Mapping[str, Any]) -> list[str]:
     """What in a configuration has a type or value that no adapter has."""
     faults = []
+    if config.get("r") != "full" and type(config.get("r")) is not int:
+        faults.append(f"r is {config.get('r')!r}, not a whole number")
     alpha = config.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         faults.append(f"lora_alpha is {alpha!r}, not a number")
@@ -189,6 +192,8 @@ def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> In
     tensors, header = _read_tensors(folder / WEIGHTS)
     layers = linear_layers(loaded.model)
     faults = _base_faults(loaded, header)
+    if spec.method == "qa-lora" and header.get("pooling_divisor") != POOLING:
+        faults.append(f"its pooling divisor is {header.get('pooling_divisor')}, here it is {POOLING}")
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         path, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
@@ -212,7 +217,7 @@ def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> In
         raise AdapterError(f"the adapter {folder} does not fit {loaded.path}:\n{listing}")
     result = Injection(list(built), trainable=sum(t.numel() for t in tensors.values()))
     if spec.method == "qa-lora":
-        prepare_group_bases(layers, list(built), result)
+        prepare_group_bases(layers, list(built), result, spec.k_quants)
     for path, adapter in built.items():
         attach(loaded.model, path, adapter.requires_grad_(False), name)
     return result

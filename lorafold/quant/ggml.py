@@ -31,10 +31,13 @@ class Codec:
         name: ggml's name of the type.
         ggml_type: ggml's number of the type, as in a GGUF tensor table.
         bits: bits of a code.
-        block_bytes: bytes of a block of 32 weights.
+        block_bytes: bytes of a block.
         zero: the code that stands for zero in formats without a stored offset.
         affine: whether a float16 offset is stored beside the scale.
-        promotes_to: the affine format that holds the same weights exactly, if any.
+        promotes_to: the affine format with a float16 offset that holds the same weights, if any.
+        group_size: weights that share a scale and an offset.
+        block_weights: weights in a block.
+        encodes: whether `encode` and `assemble` make blocks of it; llama.cpp's quantizer makes the others.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Codec:
     affine: bool = False
     promotes_to: str | None = None
     group_size: int = GROUP
+    block_weights: int = GROUP
+    encodes: bool = True
 
     @property
     def codes_at(self) -> int:
@@ -54,16 +59,16 @@ class Codec:
     @property
     def bits_per_weight(self) -> float:
         """Storage per weight, parameters included."""
-        return self.block_bytes * 8 / self.group_size
+        return self.block_bytes * 8 / self.block_weights
 
     def scale(self, blocks: Tensor) -> Tensor:
         """Scales float32 [O, G] of uint8 blocks [O, G, block_bytes]."""
-        return _read_half(blocks, 0)
+        return read_half(blocks, 0)
 
     def offset(self, blocks: Tensor) -> Tensor:
         """Offsets float32 [O, G]; -0.0 where none is stored, which adds nothing and keeps the sign of zeros."""
         if self.affine:
-            return _read_half(blocks, 2)
+            return read_half(blocks, 2)
         return torch.full(blocks.shape[:2], -0.0, device=blocks.device)
 
     def codes(self, blocks: Tensor) -> Tensor:
@@ -82,9 +87,9 @@ class Codec:
 
     def assemble(self, scale: Tensor, offset: Tensor, codes: Tensor) -> Tensor:
         """Blocks [O, G, block_bytes] from scale and offset [O, G] (rounded to float16) and codes [O, G, 32]."""
-        parts = [_write_half(scale)]
+        parts = [write_half(scale)]
         if self.affine:
-            parts.append(_write_half(offset))
+            parts.append(write_half(offset))
         if self.bits == 8:
             parts.append(codes.to(torch.int8).view(torch.uint8))
         else:
@@ -111,7 +116,7 @@ class Codec:
         if not self.affine:
             raise ValueError(f"{self.name} stores no offset")
         blocks = blocks.clone()
-        blocks[..., 2:4] = _write_half(offset)
+        blocks[..., 2:4] = write_half(offset)
         return blocks
 
     def decode(self, blocks: Tensor, dtype: torch.dtype = torch.float32, offset: Tensor | None = None) -> Tensor:
@@ -119,7 +124,7 @@ class Codec:
         scale = self.scale(blocks)
         offset = self.offset(blocks) if offset is None else offset
         if kernels.usable(blocks, dtype):
-            return kernels.decode(blocks, scale, offset, self.bits, self.zero, self.codes_at, dtype)
+            return kernels.decode(self.name, blocks, scale, offset, dtype)
         return self.decode_reference(blocks, scale, offset, dtype)
 
     def decode_reference(self, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,21 +163,18 @@ class _MoveRounded(torch.autograd.Function):
         return None, grads[0]
 
 
-def _read_half(blocks: Tensor, at: int) -> Tensor:
+def read_half(blocks: Tensor, at: int) -> Tensor:
     return blocks.view(torch.float16)[..., at // 2].float()  # every block has an even number of bytes
 
 
-def _write_half(values: Tensor) -> Tensor:
+def write_half(values: Tensor) -> Tensor:
     return values.half().unsqueeze(-1).view(torch.uint8)
 
 
-CODECS = {
-    codec.name: codec
-    for codec in (
-        Codec("Q4_0", 2, bits=4, block_bytes=18, zero=8, promotes_to="Q4_1"),
-        Codec("Q4_1", 3, bits=4, block_bytes=20, affine=True),
-        Codec("Q5_0", 6, bits=5, block_bytes=22, zero=16, promotes_to="Q5_1"),
-        Codec("Q5_1", 7, bits=5, block_bytes=24, affine=True),
-        Codec("Q8_0", 8, bits=8, block_bytes=34),
-    )
-}
+GGML_CODECS = (
+    Codec("Q4_0", 2, bits=4, block_bytes=18, zero=8, promotes_to="Q4_1"),
+    Codec("Q4_1", 3, bits=4, block_bytes=20, affine=True),
+    Codec("Q5_0", 6, bits=5, block_bytes=22, zero=16, promotes_to="Q5_1"),
+    Codec("Q5_1", 7, bits=5, block_bytes=24, affine=True),
+    Codec("Q8_0", 8, bits=8, block_bytes=34),
+)

@@ -1,8 +1,10 @@
-"""Decoding on a CPU at memory speed: numba kernels beside the torch oracle in `ggml.py`.
+"""Decoding on a CPU at memory speed: numba kernels beside the torch oracle in `ggml.py` and `kquants.py`.
 
-A block of 32 is decoded to float32 in cache and then copied, or rounded to bfloat16 (nearest, ties to even, as
+A block is decoded to float32 in cache and then copied, or rounded to bfloat16 (nearest, ties to even, as
 torch does). Compiled code is cached on disk, for which each kernel must be a function of its own.
 """
+
+# raw uint8 [O, B, bytes], scale and offset float32 [O, G], out [O, I]; w float32 [32] or [256] is one decoded block
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ import torch
 from numba import config, njit, prange, set_num_threads
 from torch import Tensor
 
-_GROUP = 32
 _MOST_THREADS: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
@@ -20,17 +21,17 @@ def usable(blocks: Tensor, dtype: torch.dtype) -> bool:
     return blocks.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
 
 
-def decode(
-    blocks: Tensor, scale: Tensor, offset: Tensor, bits: int, zero: int, codes_at: int, dtype: torch.dtype
-) -> Tensor:
-    """Dense [O, 32 G] of blocks uint8 [O, G, bytes] with scale and offset float32 [O, G]."""
-    rows, groups, _ = blocks.shape
-    out = torch.empty(rows, groups * _GROUP, dtype=dtype)
+def decode(name: str, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dense [O, I] of blocks uint8 [O, B, bytes] of the format `name`, with scale and offset float32 [O, G]."""
+    exact, rounded, weights, *arguments = _KERNELS[name]
+    out = torch.empty(blocks.shape[0], blocks.shape[1] * weights, dtype=dtype)
     raw, s, o = blocks.numpy(), scale.contiguous().numpy(), offset.detach().contiguous().numpy()
     threads = torch.get_num_threads()
     set_num_threads(min(threads, _MOST_THREADS))
-    half = dtype == torch.bfloat16
-    _KERNELS[bits, half](raw, s, o, zero, codes_at, (out.view(torch.uint16) if half else out).numpy())
+    if dtype == torch.bfloat16:
+        rounded(raw, s, o, *arguments, out.view(torch.uint16).numpy())
+    else:
+        exact(raw, s, o, *arguments, out.numpy())
     if (
         torch.get_num_threads() != threads
     ):  # numba's first call starts its threads and sets OpenMP's number for torch too
@@ -65,13 +66,13 @@ def _block8(raw, r, g, at, s, o, zero, w):  # noqa: ARG001 (one signature for al
 
 
 @njit(inline="always")
-def _round(bits, r, g, out):
-    for j in range(32):
+def _round(bits, out):
+    for j in range(len(bits)):
         u = bits[j]
         if (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):  # not a number, and must stay so
             u = np.uint32(0x7FC00000)
         u += np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))
-        out[r, g * 32 + j] = np.uint16(u >> np.uint32(16))
+        out[j] = np.uint16(u >> np.uint32(16))
 
 
 @njit(parallel=True, cache=True)
@@ -88,7 +89,7 @@ def _q4_bfloat16(raw, scale, offset, zero, at, out):
         bits = w.view(np.uint32)
         for g in range(raw.shape[1]):
             _block4(raw, r, g, at, scale[r, g], offset[r, g], zero, w)
-            _round(bits, r, g, out)
+            _round(bits, out[r, g * 32 : g * 32 + 32])
 
 
 @njit(parallel=True, cache=True)
@@ -105,7 +106,7 @@ def _q5_bfloat16(raw, scale, offset, zero, at, out):
         bits = w.view(np.uint32)
         for g in range(raw.shape[1]):
             _block5(raw, r, g, at, scale[r, g], offset[r, g], zero, w)
-            _round(bits, r, g, out)
+            _round(bits, out[r, g * 32 : g * 32 + 32])
 
 
 @njit(parallel=True, cache=True)
@@ -122,14 +123,191 @@ def _q8_bfloat16(raw, scale, offset, zero, at, out):
         bits = w.view(np.uint32)
         for g in range(raw.shape[1]):
             _block8(raw, r, g, at, scale[r, g], offset[r, g], zero, w)
-            _round(bits, r, g, out)
+            _round(bits, out[r, g * 32 : g * 32 + 32])
 
 
-_KERNELS = {  # (bits of a code, whether the result is bfloat16)
-    (4, False): _q4_float32,
-    (4, True): _q4_bfloat16,
-    (5, False): _q5_float32,
-    (5, True): _q5_bfloat16,
-    (8, False): _q8_float32,
-    (8, True): _q8_bfloat16,
+@njit(inline="always")
+def _block2k(raw, s, o, w):
+    for h in range(2):
+        for j in range(32):
+            byte, g = raw[16 + 32 * h + j], 8 * h + j // 16
+            for k in range(4):
+                w[128 * h + 32 * k + j] = s[g + 2 * k] * np.float32((byte >> (2 * k)) & 3) + o[g + 2 * k]
+
+
+@njit(inline="always")
+def _block3k(raw, s, o, w):
+    for h in range(2):
+        for j in range(32):
+            byte, high, g = raw[32 + 32 * h + j], raw[j] >> (4 * h), 8 * h + j // 16
+            for k in range(4):
+                code = np.int32((byte >> (2 * k)) & 3) + (np.int32((high >> k) & 1) << 2) - 4
+                w[128 * h + 32 * k + j] = s[g + 2 * k] * np.float32(code) + o[g + 2 * k]
+
+
+@njit(inline="always")
+def _block4k(raw, s, o, w):
+    for c in range(4):
+        for j in range(32):
+            byte = raw[16 + 32 * c + j]
+            w[64 * c + j] = s[2 * c] * np.float32(byte & 15) + o[2 * c]
+            w[64 * c + 32 + j] = s[2 * c + 1] * np.float32(byte >> 4) + o[2 * c + 1]
+
+
+@njit(inline="always")
+def _block5k(raw, s, o, w):
+    for c in range(4):
+        for j in range(32):
+            byte, high = raw[48 + 32 * c + j], raw[16 + j] >> (2 * c)
+            low_code, high_code = (byte & 15) | ((high & 1) << 4), (byte >> 4) | ((high & 2) << 3)
+            w[64 * c + j] = s[2 * c] * np.float32(low_code) + o[2 * c]
+            w[64 * c + 32 + j] = s[2 * c + 1] * np.float32(high_code) + o[2 * c + 1]
+
+
+@njit(inline="always")
+def _block6k(raw, s, o, w):
+    for h in range(2):
+        for j in range(32):
+            first, second, high, g = raw[64 * h + j], raw[64 * h + 32 + j], raw[128 + 32 * h + j], 8 * h + j // 16
+            at = 128 * h + j
+            w[at] = s[g] * np.float32(np.int32((first & 15) | ((high & 3) << 4)) - 32) + o[g]
+            w[at + 32] = s[g + 2] * np.float32(np.int32((second & 15) | ((high & 12) << 2)) - 32) + o[g + 2]
+            w[at + 64] = s[g + 4] * np.float32(np.int32((first >> 4) | (high & 48)) - 32) + o[g + 4]
+            w[at + 96] = s[g + 6] * np.float32(np.int32((second >> 4) | ((high & 192) >> 2)) - 32) + o[g + 6]
+
+
+@njit(inline="always")
+def _block4nl(raw, r, g, values, s, o, w):
+    for j in range(16):
+        byte = raw[r, g, 2 + j]
+        w[j] = s * values[byte & 15] + o
+        w[16 + j] = s * values[byte >> 4] + o
+
+
+@njit(parallel=True, cache=True)
+def _iq4nl_float32(raw, scale, offset, values, out):
+    for r in prange(raw.shape[0]):
+        for g in range(raw.shape[1]):
+            _block4nl(raw, r, g, values, scale[r, g], offset[r, g], out[r, g * 32 : g * 32 + 32])
+
+
+@njit(parallel=True, cache=True)
+def _iq4nl_bfloat16(raw, scale, offset, values, out):
+    for r in prange(raw.shape[0]):
+        w = np.empty(32, np.float32)
+        bits = w.view(np.uint32)
+        for g in range(raw.shape[1]):
+            _block4nl(raw, r, g, values, scale[r, g], offset[r, g], w)
+            _round(bits, out[r, g * 32 : g * 32 + 32])
+
+
+@njit(parallel=True, cache=True)
+def _q2k_float32(raw, scale, offset, out):
+    for r in prange(raw.shape[0]):
+        for b in range(raw.shape[1]):
+            g = slice(16 * b, 16 * b + 16)
+            _block2k(raw[r, b], scale[r, g], offset[r, g], out[r, 256 * b : 256 * b + 256])
+
+
+@njit(parallel=True, cache=True)
+def _q2k_bfloat16(raw, scale, offset, out):
+    for r in prange(raw.shape[0]):
+        w = np.empty(256, np.float32)
+        bits = w.view(np.uint32)
+        for b in range(raw.shape[1]):
+            g = slice(16 * b, 16 * b + 16)
+            _block2k(raw[r, b], scale[r, g], offset[r, g], w)
+            _round(bits, out[r, 256 * b : 256 * b + 256])
+
+
+@njit(parallel=True, cache=True)
+def _q3k_float32(raw, scale, offset, out):
+    for r in prange(raw.shape[0]):
+        for b in range(raw.shape[1]):
+            g = slice(16 * b, 16 * b + 16)
+            _block3k(raw[r, b], scale[r, g], offset[r, g], out[r, 256 * b : 256 * b + 256])
+
+
+@njit(parallel=True, cache=True)
+def _q3k_bfloat16(raw, scale, offset, out):
+    for r in prange(raw.shape[0]):
+        w = np.empty(256, np.float32)
+        bits = w.view(np.uint32)
+        for b in range(raw.shape[1]):
+            g = slice(16 * b, 16 * b + 16)
+            _block3k(raw[r, b], scale[r, g], offset[r, g], w)
+            _round(bits, out[r, 256 * b : 256 * b + 256])
+
+
+@njit(parallel=True, cache=True)
+def _q4k_float32(raw, scale, offset, out):
+    for r in prange(raw.shape[0]):
+        for b in range(raw.shape[1]):
+            g = slice(8 * b, 8 * b + 8)
+            _block4k(raw[r, b], scale[r, g], offset[r, g], out[r, 256 * b : 256 * b + 256])
+
+
+@njit(parallel=True, cache=True)
+def _q4k_bfloat16(raw, scale, offset, out):
+    for r in prange(raw.shape[0]):
+        w = np.empty(256, np.float32)
+        bits = w.view(np.uint32)
+        for b in range(raw.shape[1]):
+            g = slice(8 * b, 8 * b + 8)
+            _block4k(raw[r, b], scale[r, g], offset[r, g], w)
+            _round(bits, out[r, 256 * b : 256 * b + 256])
+
+
+@njit(parallel=True, cache=True)
+def _q5k_float32(raw, scale, offset, out):
+    for r in prange(raw.shape[0]):
+        for b in range(raw.shape[1]):
+            g = slice(8 * b, 8 * b + 8)
+            _block5k(raw[r, b], scale[r, g], offset[r, g], out[r, 256 * b : 256 * b + 256])
+
+
+@njit(parallel=True, cache=True)
+def _q5k_bfloat16(raw, scale, offset, out):
+    for r in prange(raw.shape[0]):
+        w = np.empty(256, np.float32)
+        bits = w.view(np.uint32)
+        for b in range(raw.shape[1]):
+            g = slice(8 * b, 8 * b + 8)
+            _block5k(raw[r, b], scale[r, g], offset[r, g], w)
+            _round(bits, out[r, 256 * b : 256 * b + 256])
+
+
+@njit(parallel=True, cache=True)
+def _q6k_float32(raw, scale, offset, out):
+    for r in prange(raw.shape[0]):
+        for b in range(raw.shape[1]):
+            g = slice(16 * b, 16 * b + 16)
+            _block6k(raw[r, b], scale[r, g], offset[r, g], out[r, 256 * b : 256 * b + 256])
+
+
+@njit(parallel=True, cache=True)
+def _q6k_bfloat16(raw, scale, offset, out):
+    for r in prange(raw.shape[0]):
+        w = np.empty(256, np.float32)
+        bits = w.view(np.uint32)
+        for b in range(raw.shape[1]):
+            g = slice(16 * b, 16 * b + 16)
+            _block6k(raw[r, b], scale[r, g], offset[r, g], w)
+            _round(bits, out[r, 256 * b : 256 * b + 256])
+
+
+# kvalues_iq4nl of ggml-common.h
+_IQ4_NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+_KERNELS = {  # format -> kernels for float32 and bfloat16, weights of a block, and what else they take
+    "Q4_0": (_q4_float32, _q4_bfloat16, 32, 8, 2),  # the code of zero, and the byte at which codes begin
+    "Q4_1": (_q4_float32, _q4_bfloat16, 32, 0, 4),
+    "Q5_0": (_q5_float32, _q5_bfloat16, 32, 16, 2),
+    "Q5_1": (_q5_float32, _q5_bfloat16, 32, 0, 4),
+    "Q8_0": (_q8_float32, _q8_bfloat16, 32, 0, 2),
+    "IQ4_NL": (_iq4nl_float32, _iq4nl_bfloat16, 32, _IQ4_NL),
+    "Q2_K": (_q2k_float32, _q2k_bfloat16, 256),
+    "Q3_K": (_q3k_float32, _q3k_bfloat16, 256),
+    "Q4_K": (_q4k_float32, _q4k_bfloat16, 256),
+    "Q5_K": (_q5k_float32, _q5k_bfloat16, 256),
+    "Q6_K": (_q6k_float32, _q6k_bfloat16, 256),
 }

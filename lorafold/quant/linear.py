@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from lorafold.quant.weight import QuantizedWeight
 
+MOST_KEPT = 1 << 29  # weights that `decoded_once` keeps: 1 GiB in bfloat16
+
 
 class _PackedMatmul(torch.autograd.Function):
     @staticmethod
@@ -131,9 +133,15 @@ class QuantEmbedding(_Packed):
 def decoded_once(model: nn.Module) -> Iterator[None]:
     """Inside, packed layers decode at their first use and keep the dense weight: for generation, token by token.
 
-    Parameters and the active adapter must not change inside, and nothing is differentiated.
+    Parameters and the active adapter must not change inside, and nothing is differentiated. Layers are kept until
+    their weights have `MOST_KEPT` entries in all, so that a large model does not unfold in memory.
     """
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    layers, kept = [], 0
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            kept += module.in_features * module.out_features
+            if kept <= MOST_KEPT:
+                layers.append(module)
     for layer in layers:
         layer._keep_dense = True
     try:

@@ -86,7 +86,7 @@ def _verify(tuned: Path, run: Run, display: Display) -> list[Check]:
     checks = verify_file(tuned, run)
     if not llama_cpp.available():
         return [*checks, Check("llama.cpp", None, "not installed: pip install 'lorafold[llama-cpp]'")]
-    rows = held_out_rows(run.config.data, load_tokenizer_only(tuned), run.config.training.seed).rows
+    rows = held_out_rows(run, load_tokenizer_only(tuned)).rows
     return checks + verify_runtime(tuned, run, rows, display).checks()
 
 
@@ -97,7 +97,7 @@ def _ask(base: Path, tuned: Path, run: Run, display: Display) -> list[dict[str, 
             {"prompt": s["prompt"], "base file": s["before"], "tuned file": s["after"], "reference": s["reference"]}
             for s in run.samples
         ]
-    examples = held_out_examples(run.config.data, run.config.training.seed)[:_ASKED]
+    examples = held_out_examples(run)[:_ASKED]
     tokenizer = load_tokenizer_only(base)
     prompts = [prompt_ids(example, tokenizer, run.config.data.template) for example in examples]
     answers = []

@@ -25,12 +25,12 @@ from lorafold.models.adapter_files import load_adapter, save_tensors
 from lorafold.models.gguf_file import DENSE
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import LoadedModel, load
-from lorafold.quant.ggml import CODECS
+from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantLinear
 from lorafold.runs.folder import Run
 
 DENSE_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-TARGETS = (*DENSE_TYPES, *(name.lower() for name in CODECS))
+TARGETS = (*DENSE_TYPES, *(name.lower() for name in CODECS if CODECS[name].encodes))
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ def check_folder(path: Path) -> None:
     Raises:
         OutputError: something lies there already, or it cannot be written.
     """
-    check_output(path, overwrite=path.is_dir() and not any(path.iterdir()))
+    empty = path.is_dir() and not any(path.iterdir())
+    check_output(path, empty, "choose another --output-dir: a run is never overwritten")
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,10 @@ class Gain:
         )
 
 
-def measure_gain(run: Run, path: Path, display: Display) -> Gain:
-    """Evaluate base, trained model and written file on the run's held-out rows."""
+def measure_gain(run: Run, path: Path, display: Display, data: Path | None = None) -> Gain:
+    """Evaluate base, trained model and written file on the run's held-out rows, or on those of another file."""
     trained = load_trained(run)
-    rows = held_out_rows(run.config.data, trained.tokenizer, run.config.training.seed).rows
+    rows = held_out_rows(run, trained.tokenizer, data).rows
     losses = []
     for label, active in (("base", None), ("trained", "default"), ("written file", "")):
         if active == "":

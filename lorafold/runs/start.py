@@ -22,7 +22,7 @@ from lorafold.runs.folder import ADAPTER, Run, RunFolder, check_folder, read_run
 from lorafold.runs.prepare import PreparedData, prepare
 from lorafold.runs.report import write_report
 from lorafold.train.loop import Step, rows_per_step, total_steps, train_steps
-from lorafold.train.memory import peak_bytes
+from lorafold.train.memory import peak_bytes, restart_peak
 
 
 def start(config: RunConfig, display: Display) -> Run:
@@ -33,6 +33,7 @@ def start(config: RunConfig, display: Display) -> Run:
             folder then holds the last good adapter).
     """
     began = time.perf_counter()
+    restart_peak()
     config = config.resolved()
     check_folder(config.output_dir)
     device = pick_device(config.training.device)
@@ -69,10 +70,10 @@ def _run(
     asked = data.examples[: training.sample_rows]
     samples_before = sample(loaded, asked, config, display, "samples before")
     steps = _train(config, loaded, data, folder, display, before)
+    save_adapter(folder.path / ADAPTER, loaded, config.adapter)
     after = _evaluate(loaded, held_out, display, folder, len(steps))
     display.say(f"held-out loss after: {after:.4f} (before: {before:.4f})")
     samples_after = sample(loaded, asked, config, display, "samples after")
-    save_adapter(folder.path / ADAPTER, loaded, config.adapter)
     folder.samples(
         [
             {"prompt": prompt_text(e), "reference": reference_text(e), "before": b, "after": a}
@@ -125,6 +126,13 @@ def _train(
             f"{error}. Training stopped; {folder.path / ADAPTER} holds the adapter as it was after step {len(steps)}. "
             "A lower learning_rate is the usual cure."
         ) from error
+    except BaseException:  # Ctrl-C and the like: what was learned so far is kept
+        if steps:
+            save_adapter(folder.path / ADAPTER, loaded, config.adapter)
+            display.say(
+                f"stopped after step {len(steps)} of {total}; {folder.path / ADAPTER} holds the adapter as it is"
+            )
+        raise
     return steps
 
 

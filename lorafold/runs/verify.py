@@ -22,11 +22,13 @@ from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.gguf_write import file_order
 from lorafold.models.load import LoadedModel, load
 from lorafold.quant.linear import QuantLinear
+from lorafold.quant.weight import steps_apart
 from lorafold.runs.display import Display
 from lorafold.runs.fold import load_trained
 from lorafold.runs.folder import Run
 
 RUNTIME_TOKENS = 2000  # predictions compared in llama.cpp
+PROMOTION_STEPS = 0.02  # of a step: K-quant parameters in float16; scale and offset err by 2^-11 of up to 15 steps each
 _FILE_TYPE = "general.file_type"
 
 
@@ -95,27 +97,34 @@ def _trained_weights(trained: LoadedModel, file: GGUFFile) -> Check:
 def _zero_adapter(trained: LoadedModel) -> Check:
     """Folding an adapter of zeros must give the base back: the same bytes, or after promotion the same weights."""
     assert trained.gguf is not None
-    different = []
-    for path, layer in adapted_layers(trained.model):
-        if not _zero_fold_is_base(trained, path, layer):
-            different.append(path)
-    detail = f"{len(different)} layers differ" if different else "every adapted tensor is byte-identical to the base"
-    return Check("zero adapter = base", not different, detail)
+    apart = [_zero_fold_apart(trained, path, layer) for path, layer in adapted_layers(trained.model)]
+    different = sum(a is None for a in apart)
+    promoted = [a for a in apart if a]
+    detail = f"{different} layers differ" if different else "every adapted tensor is byte-identical to the base"
+    if promoted and not different:
+        detail = f"{len(promoted)} tensors promoted within {max(promoted):.4f} of a step, the others identical"
+    return Check("zero adapter = base", not different and all(a <= PROMOTION_STEPS for a in promoted), detail)
 
 
-def _zero_fold_is_base(trained: LoadedModel, path: str, layer: AdaptedLinear) -> bool:
+def _zero_fold_apart(trained: LoadedModel, path: str, layer: AdaptedLinear) -> float | None:
+    """0 where a fold of zeros gives the base back, None where it does not; for promoted K-quants the steps apart."""
     assert trained.gguf is not None
     assert isinstance(layer.base, QuantLinear)
     packed, binding = layer.base.packed, trained.bindings[path]
     codec = packed.format
-    unchanged = type(packed)(packed.codec, packed.shape, codec.with_offset(packed.blocks, codec.offset(packed.blocks)))
+    stored = codec.offset(packed.blocks)
+    nothing = codec.move_offset(stored, torch.zeros_like(stored))
+    unchanged = type(packed)(packed.codec, packed.shape, codec.with_offset(packed.blocks, nothing))
     info = trained.gguf.tensors[binding.tensor]
     if info.type == packed.codec:
-        return bool(np.array_equal(file_order(unchanged, binding).reshape(-1), trained.gguf.raw(binding.tensor)))
+        same = np.array_equal(file_order(unchanged, binding).reshape(-1), trained.gguf.raw(binding.tensor))
+        return 0.0 if same else None
     original = type(packed)(info.type, packed.shape, torch.from_numpy(trained.gguf.blocks(binding.tensor)))
     if binding.row_order is not None:
         original = original.rows(binding.row_order)
-    return torch.equal(original.decode(), unchanged.decode())
+    if original.format.affine:
+        return steps_apart(original.decode(), unchanged)
+    return 0.0 if torch.equal(original.decode(), unchanged.decode()) else None
 
 
 def _untouched(base: GGUFFile, file: GGUFFile, adapted: set[str]) -> Check:

@@ -24,7 +24,7 @@ ALL = [f"model.layers.{i}.{part}" for i in range(3) for part in PARTS]
 
 @pytest.fixture(scope="module")
 def loaded(tiny_file: Callable[..., Path]) -> LoadedModel:
-    return load(tiny_file("llama", "Q4_1"))
+    return load(tiny_file("llama", "Q4_1", tied=False))
 
 
 def named(pattern: str) -> list[str]:
@@ -125,9 +125,20 @@ def test_refusal_leaves_the_model_alone(tmp_path: Path) -> None:
     """Targets that can be promoted stand before the one that cannot."""
     loaded = load(tiny_gguf(tmp_path, "llama", {"2.ffn_down": "Q8_0", "": "Q4_0"}))
     with pytest.raises(AdapterError, match=r"Q8_0: 1 layers \(model\.layers\.2\.mlp\.down_proj\)"):
-        inject(loaded.model, AdapterSpec("qa-lora"))
+        inject(loaded.model, AdapterSpec("qa-lora", target_modules=("up_proj", "down_proj")))
     assert not list(adapted_layers(loaded.model))
     assert {layer.codec for layer in linear_layers(loaded.model).values()} == {"Q4_0", "Q8_0"}
+
+
+def test_all_linear_leaves_frozen_what_has_no_offset(tmp_path: Path) -> None:
+    loaded = load(tiny_gguf(tmp_path, "llama", {"attn_v": "Q8_0", "ffn_down": "F16", "": "Q4_1"}))
+    injection = inject(loaded.model, AdapterSpec("qa-lora"))
+    assert len(injection.modules) == 3 * 5
+    assert injection.frozen == dict.fromkeys(named("v_proj"), "Q8_0") | dict.fromkeys(
+        [f"model.layers.{i}.mlp.down_proj" for i in range(3)], "float32"
+    )
+    assert {path for path, _ in adapted_layers(loaded.model)} == set(injection.modules)
+    assert "3 matrices of type Q8_0 stay as they are" in injection.describe()
 
 
 def test_second_adapter_needs_another_name(tiny_file: Callable[..., Path]) -> None:

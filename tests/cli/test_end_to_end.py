@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from gguf.quants import dequantize
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
@@ -207,7 +208,8 @@ def test_zero_adapter_gives_the_base_back(folded: Folded, tmp_path: Path, name: 
     zero = copy_run(run, tmp_path / "run")
     weights = zero / "adapter" / "adapter_model.safetensors"
     state = {k: v * 0 if k.endswith(("lora_B.weight", "offset_delta")) else v for k, v in load_file(weights).items()}
-    save_file(state, weights)
+    with safe_open(weights, "pt") as file:
+        save_file(state, weights, file.metadata())
     assert command("fold", zero, "-o", tmp_path / "out.gguf") == 0
     if name in SAME_TYPE:
         assert (tmp_path / "out.gguf").read_bytes() == base.read_bytes()
@@ -391,6 +393,15 @@ def test_generate_sets_variants_side_by_side(folded: Folded, capsys: Output) -> 
     text = "".join("".join(row[1:2]) for row in rows)
     assert ["".join(row[2]) for row in rows] == ["".join(row[3]) for row in rows]  # folded file = adapter
     assert text != "".join("".join(row[2]) for row in rows)  # the base says something else
+
+
+def test_eval_on_the_rows_that_a_run_held_out(folded: Folded, capsys: Output) -> None:
+    base, run, out = folded("llama Q4_1")
+    capsys.readouterr()
+    assert command("eval", base, out, "--data", run) == 0
+    losses = [float(x) for x in re.findall(r"torch +│ (\S+) +│", capsys.readouterr().out)]
+    summary = json.loads((run / "summary.json").read_text())
+    assert losses == pytest.approx([summary["eval_loss_before"], summary["eval_loss_after"]], abs=1e-4)
 
 
 def test_lora_is_not_folded_in_silence(trained: Trained, tmp_path: Path, capsys: Output) -> None:

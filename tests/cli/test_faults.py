@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorafold.config import TrainingConfig
@@ -89,9 +90,13 @@ def test_exclusion_that_matches_nothing(train: Refused) -> None:
     assert "did you mean 'k_proj'?" in message
 
 
+def test_a_head_that_is_the_embedding_is_no_target(train: Refused) -> None:
+    assert "lm_head has the embedding's weights" in train("--target-modules", "lm_head", "--method", "lora")
+
+
 def test_every_unsuitable_format_is_named(train: Refused, tmp_path: Path) -> None:
     types = {"attn_v": "Q8_0", "ffn_down": "F16", "": "Q4_1"}
-    message = train(model=tiny_gguf(tmp_path, "llama", types))
+    message = train("--target-modules", "v_proj", "down_proj", "q_proj", model=tiny_gguf(tmp_path, "llama", types))
     assert "Q8_0: 3 layers (model.layers.0.self_attn.v_proj" in message
     assert "float32: 3 layers (model.layers.0.mlp.down_proj" in message
 
@@ -126,6 +131,22 @@ def test_truncated_model(train: Refused, tiny_file: Callable[..., Path], tmp_pat
     assert str(path) in train(model=path)
 
 
+def test_empty_prompt(refused: Refused, tiny_file: Callable[..., Path]) -> None:
+    model = tiny_file("llama", "Q4_1")
+    assert "the prompt is empty" in refused("generate", model, "--prompt", "", "--template", "raw")
+
+
+def test_configurations_are_for_train_and_come_once(
+    train: Refused, refused: Refused, tmp_path: Path, data: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 1\n")
+    assert "given twice" in train("--config", path, "--config", path)
+    assert "lorafold train takes it" in refused("preview", "smollm2", "--data", data, "--config", path)
+    path.write_text("target_modules: []\n")
+    assert "target_modules is empty" in train("--config", path)
+
+
 def test_missing_option(refused: Refused, tiny_file: Callable[..., Path]) -> None:
     assert "--data" in refused("train", tiny_file("llama", "Q4_1"))
 
@@ -143,6 +164,12 @@ def test_missing_option(refused: Refused, tiny_file: Callable[..., Path]) -> Non
         (("--template", "chta"), "alpaca"),
         (("--learning-rate", "nan"), "learning_rate is nan"),
         (("--learning-rate", "inf"), "learning_rate is inf"),
+        (("--weight-decay", "nan"), "weight_decay is nan"),
+        (("--max-grad-norm", "nan"), "max_grad_norm is nan"),
+        (("--lora-alpha", "inf"), "lora_alpha is inf"),
+        (("--seed", 10**22), "below 2^63"),
+        (("--k-quants", "sideways"), "in-place"),
+        (("--output-dir", "x" * 300), "File name too long"),
     ],
 )
 def test_value_that_is_not_allowed(train: Refused, options: tuple[object, ...], expected: str) -> None:
@@ -292,10 +319,11 @@ def test_failed_overwrite_keeps_the_old_folder(trained: Trained, refused: Refuse
     out = tmp_path / "out"
     out.mkdir()
     (out / "old.txt").write_text("the old one")
+    (out / "adapter_config.json").write_text("{}")
     replace = os.replace
 
     def full(source: Path, target: Path) -> None:
-        if Path(target) == out and (Path(source) / "adapter_config.json").exists():
+        if Path(target) == out and (Path(source) / "adapter_model.safetensors").exists():
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, target)
 
@@ -310,8 +338,27 @@ def test_overwriting_replaces_a_whole_folder(trained: Trained, tmp_path: Path) -
     out = tmp_path / "out"
     out.mkdir()
     (out / "old.txt").write_text("the old one")
+    (out / "adapter_config.json").write_text("{}")
     assert command("export", run, "--to", "peft", "-o", out, "--overwrite") == 0
     assert {path.name for path in tmp_path.rglob("*")} == {"out", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_overwriting_never_takes_other_things_along(
+    trained: Trained, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home folder, the run itself, the current folder: what is replaced whole must be a model or an adapter."""
+    _, run = trained()
+    home, copy = tmp_path / "home", tmp_path / "run"
+    (home / "sub").mkdir(parents=True)
+    (home / "sub" / "thesis.txt").write_text("keep me")
+    (home / "notes.txt").write_text("keep me too")
+    shutil.copytree(run, copy)
+    for out in (home, home / "sub", copy):
+        assert "is not replaced: besides model or adapter files" in refused(
+            "export", run, "--to", "peft", "-o", out, "--overwrite"
+        )
+    monkeypatch.chdir(home)
+    assert "sub" in refused("export", run, "--to", "peft", "-o", ".", "--overwrite")
 
 
 def test_disk_that_fills_while_training(
@@ -412,6 +459,7 @@ def test_adapter_that_lacks_a_whole_layer(refused: Refused, trained: Trained, da
         ("peft_type", None),
         ("r", "x"),
         ("r", 2.5),
+        ("r", 8.0),
         ("r", -1),
         ("r", None),
         ("lora_alpha", None),
@@ -434,6 +482,16 @@ def test_adapter_config_that_makes_no_sense(
     assert str(adapter) in refused("eval", model, "--adapter", adapter, "--data", data)
 
 
+def test_adapter_with_another_pooling_divisor(refused: Refused, trained: Trained, data: Path, adapter: Path) -> None:
+    model, _ = trained()
+    weights = adapter / "adapter_model.safetensors"
+    with safe_open(weights, "pt") as file:
+        header = file.metadata()
+    save_file(load_file(weights), weights, header | {"pooling_divisor": "group_size"})
+    message = refused("eval", model, "--adapter", adapter, "--data", data)
+    assert "pooling divisor is group_size, here it is sqrt(group_size)" in message
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff"])
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_adapter_files_that_are_damaged(
@@ -445,6 +503,37 @@ def test_adapter_files_that_are_damaged(
 
 
 # training that goes wrong
+
+
+def test_interrupted_training_keeps_what_was_learned(
+    trained: Trained, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    model, _ = trained()
+    run = tmp_path / "run"
+
+    def stop(*_: object, step: int = 0, **__: object) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorafold.runs.folder.RunFolder.metric", stop)
+    assert command("train", model, "--data", data, "--output-dir", run, *quick()) == 130
+    assert "stopped after step 3 of 6" in capsys.readouterr().err
+    assert load_trained(read_run(run)).model is not None
+    assert any(value.any() for key, value in load_file(run / "adapter" / "adapter_model.safetensors").items())
+
+
+def test_verify_says_that_the_data_have_changed(trained: Trained, data: Path, tmp_path: Path, capsys: Output) -> None:
+    model, _ = trained()
+    rows = Path(shutil.copy(data, tmp_path / "rows.jsonl"))
+    assert command("train", model, "--data", rows, "--output-dir", tmp_path / "run", *quick()) == 0
+    assert command("fold", tmp_path / "run", "-o", tmp_path / "out.gguf") == 0
+    rows.write_text(rows.read_text().partition("\n")[2])
+    capsys.readouterr()
+    assert command("verify", tmp_path / "out.gguf", "--run", tmp_path / "run") == 2
+    said = capsys.readouterr()
+    assert "rows.jsonl: changed since the run was trained" in said.err
+    assert "decoded file = training weights  largest difference 0" in said.out
+    assert command("verify", tmp_path / "out.gguf", "--run", tmp_path / "run", "--data", data) == 0
 
 
 def test_loss_that_explodes(trained: Trained, data: Path, tmp_path: Path, capsys: Output) -> None:

@@ -18,12 +18,13 @@ import pytest
 from lorafold.errors import FormatError, LoraFoldError
 from lorafold.models.gguf_file import SUPPORTED, GGUFFile
 from lorafold.models.load import load
+from tests.ggml_quantizer import GGML_ONLY
 from tests.tiny import ARCHITECTURES, TYPES, VOCABULARY, Metadata, Tensors, tiny_gguf, tiny_ids
 
 # A file small enough to damage at every byte, put together field by field.
 
 U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
-TYPE_F32, TYPE_Q4_1, TYPE_Q8_0, TYPE_Q6_K = 0, 3, 8, 14
+TYPE_F32, TYPE_Q4_1, TYPE_Q8_0, TYPE_IQ4_XS = 0, 3, 8, 23
 
 
 def text(value: str | bytes) -> bytes:
@@ -166,7 +167,7 @@ def test_equals_ggufs_own_reader(tiny_file: Callable[..., Path], architecture: s
 
 
 def test_every_supported_type_is_tested() -> None:
-    assert sorted(SUPPORTED) == sorted(TYPES)
+    assert sorted(SUPPORTED) == sorted([*TYPES, *GGML_ONLY])
 
 
 # damaged headers
@@ -221,7 +222,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
         (build(rows=[row("t", [2, 32], TYPE_Q8_0)]), ["'t'", "Q8_0"]),
         (build(rows=[row("t", [4], 250)]), ["'t'", "250"]),
         (build(rows=[row("t", [4], 4)]), ["'t'", "4"]),  # Q4_2, removed from ggml
-        (build(rows=[row("blk.0.x", [256], TYPE_Q6_K)]), ["'blk.0.x'", "Q6_K", *SUPPORTED]),
+        (build(rows=[row("blk.0.x", [256], TYPE_IQ4_XS)]), ["'blk.0.x'", "IQ4_XS", *SUPPORTED]),
         (build(rows=[row("t", [4], 24)]), ["'t'", "I8"]),
         (build(rows=[row("t", [4], offset=8)]), ["t", "8", "32"]),
         (build(rows=[row("t", [4], offset=2**64 - 32)]), ["t"]),

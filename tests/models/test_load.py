@@ -10,13 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorafold.errors import FormatError
+from lorafold.evals.loss import evaluate
+from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.load import compute_dtype, load, resolve
-from lorafold.quant.ggml import CODECS
+from lorafold.models.tokenizer import load_tokenizer
+from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
-from tests.tiny import ARCHITECTURES, TYPES, tiny_gguf, tiny_ids, tiny_model
+from tests.ggml_quantizer import GGML_ONLY
+from tests.practice import row_losses, token_rows
+from tests.tiny import ARCHITECTURES, TYPES, VOCABULARY, tiny_gguf, tiny_ids, tiny_model
 
 ATOL = 1e-4  # logits reach about 6; float32 sums in another order differ by some 5e-6
 MIXED = {"token_embd": "Q8_0", "attn_v": "F16", "ffn_down": "Q5_1", "attn_k": "Q4_0", "": "Q4_1"}
@@ -42,6 +47,55 @@ def test_every_tensor_type_gives_the_same_logits(tiny_file: Callable[..., Path],
     packed = [m for m in loaded.model.modules() if isinstance(m, QuantLinear | QuantEmbedding)]
     assert len(packed) == (0 if types not in CODECS else 3 * 7 + 2)
     same_logits(loaded.model, tiny_model("llama", types))
+
+
+@pytest.mark.parametrize("types", GGML_ONLY)
+def test_k_quants_give_the_same_logits(tmp_path: Path, types: str) -> None:
+    """The embedding too, of which single rows are decoded."""
+    path = tiny_gguf(tmp_path, "llama", types, wide=True)
+    assert {info.type for info in GGUFFile(path).tensors.values()} == {types, "F32"}
+    same_logits(load(path).model, tiny_model("llama", types, wide=True))
+
+
+FOLDER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def other_folder(path: Path, kind: str, **options: object) -> Path:
+    """A tiny model of an architecture that no table of ours names."""
+    sizes = FOLDER | {
+        "vocab_size": VOCABULARY,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "max_position_embeddings": 64,
+    }
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | options)).save_pretrained(path)
+    load_tokenizer(GGUFFile(tiny_gguf(path / "gguf", "llama"))).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["mistral", "phi3", "gpt_neox", "olmo2"])
+def test_other_architectures_are_taken_if_rows_do_not_mix(tmp_path: Path, kind: str) -> None:
+    """The loss over packed rows is that of each row in transformers' own way."""
+    loaded = load(other_folder(tmp_path, kind, bos_token_id=0, eos_token_id=0))
+    rows = token_rows(6)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+    count = sum(sum(row.supervised) for row in rows)
+    assert evaluate(loaded, rows) == pytest.approx(float(row_losses(reference, rows).detach()) / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "why"),
+    [
+        ("gemma2", {"head_dim": 16}, "capped scores"),
+        ("mamba", {}, "do not come out as each does alone"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "do not come out as each does alone"),
+        ("bloom", {}, "do not come out as each does alone"),
+    ],
+)
+def test_architectures_in_which_rows_mix_are_refused(tmp_path: Path, kind: str, options: dict, why: str) -> None:
+    with pytest.raises(FormatError, match=f"the architecture {kind} cannot be trained here yet: .*{why}"):
+        load(other_folder(tmp_path, kind, **options))
 
 
 def test_types_may_be_mixed(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorafold.quant import kernels
-from lorafold.quant.ggml import CODECS
-from tests.quant.test_ggml import random_blocks
+from lorafold.quant.codecs import CODECS
+from tests.quant.test_ggml import HALVES_AT, random_blocks
 
 codecs = pytest.mark.parametrize("codec", sorted(CODECS))
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,7 +44,8 @@ def test_kernels_equal_torch_bit_for_bit(codec: str, dtype: torch.dtype, shape: 
 @codecs
 @dtypes
 def test_kernels_take_an_offset(codec: str, dtype: torch.dtype) -> None:
-    offset = torch.randn(3, 6).T.requires_grad_(True)  # neither contiguous nor detached
+    groups = 3 * CODECS[codec].block_weights // CODECS[codec].group_size
+    offset = torch.randn(groups, 6).T.requires_grad_(True)  # neither contiguous nor detached
     kernel, reference = both(codec, random_blocks(codec, 6, 3, seed=0), dtype, offset)
     same_bits(kernel, reference.detach())
 
@@ -76,8 +77,9 @@ def test_strided_and_empty_blocks(codec: str, dtype: torch.dtype) -> None:
 def test_infinities_and_nans_stay_what_they_are(codec: str, dtype: torch.dtype) -> None:
     """Parameters of a damaged file: a weight must not turn into a number because its NaN has a long payload."""
     blocks = random_blocks(codec, 4, 2, seed=0)
+    at = HALVES_AT.get(codec, (0,))[0]
     for row, half in enumerate((0x7C00, 0xFC00, 0x7FFF, 0xFE01)):
-        blocks[row, 0, :2] = torch.tensor([half & 255, half >> 8], dtype=torch.uint8)
+        blocks[row, 0, at : at + 2] = torch.tensor([half & 255, half >> 8], dtype=torch.uint8)
     kernel, reference = both(codec, blocks, dtype)
     torch.testing.assert_close(kernel, reference, rtol=0, atol=0, equal_nan=True)
 

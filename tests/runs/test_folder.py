@@ -20,8 +20,8 @@ from lorafold.runs.report import Report, Table, write_report
 CONFIG = RunConfig(
     "model.gguf",
     Path("out"),
-    DataConfig(Path("rows.jsonl"), Path("held.jsonl"), 0.2, "{a} – ü", "{b}", "plain", 77, "all", 5, 6),
-    AdapterSpec("lora", 3, 7.0, 0.1, ("q_proj", "v_proj"), ("x",), True),
+    DataConfig(Path("rows.jsonl"), "{a} – ü", "{b}", "plain", 77, "all", 5, Path("held.jsonl"), 0.2, 6),
+    AdapterSpec("lora", 3, 7.0, 0.1, ("q_proj", "v_proj"), ("x",), True, "in-place"),
     TrainingConfig(2, 3, 0.5, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, True, 99, "float32", "cpu", 8, 1, 2),
 )
 SUMMARY: dict[str, Any] = {
@@ -63,6 +63,15 @@ def test_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
     assert read_run(tmp_path / "default").config == default
 
 
+def test_resolved_paths_hold_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    resolved = CONFIG.resolved()
+    assert resolved.model == str(tmp_path / "model.gguf")
+    assert (resolved.data.data, resolved.data.eval_data) == (tmp_path / "rows.jsonl", tmp_path / "held.jsonl")
+    assert replace(CONFIG, model="smollm2").resolved().model == "smollm2"
+
+
 def test_resolved_writes_out_what_depends_on_something_else() -> None:
     for spec, alpha, rate in (
         (AdapterSpec("lora", r=4), 8.0, "lora"),
@@ -73,7 +82,9 @@ def test_resolved_writes_out_what_depends_on_something_else() -> None:
         resolved = replace(CONFIG, adapter=spec, training=TrainingConfig()).resolved()
         assert resolved.adapter.lora_alpha == alpha
         assert resolved.training.learning_rate == DEFAULT_LEARNING_RATE[rate]
-    assert CONFIG.resolved() == CONFIG
+    resolved = CONFIG.resolved()
+    assert replace(resolved, data=CONFIG.data) == CONFIG
+    assert resolved.resolved() == resolved
 
 
 def test_metrics_are_on_disk_at_once(tmp_path: Path) -> None:
