@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ def tiny_folder(folder: Path, types: str = "F32", dtype: torch.dtype = torch.flo
     """A tiny Llama as a transformers folder, with its tokenizer; `types` as for `tiny_gguf`."""
     tiny_model("llama", types, **options).to(dtype).save_pretrained(folder)
     load_tokenizer(GGUFFile(tiny_gguf(folder / "gguf", "llama", types))).save_pretrained(folder)
+    return folder
+
+
+def tiny_folder_of(folder: Path, architecture: str) -> Path:
+    """A tiny model of any architecture as a transformers folder in float32."""
+    tiny_model(architecture, "F32").save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        load_tokenizer(GGUFFile(tiny_gguf(Path(temporary), architecture, "F32"))).save_pretrained(folder)
     return folder
 
 

@@ -57,7 +57,15 @@ def test_common_modules_import_no_room() -> None:
         assert {room(n) for n in imports(PACKAGE / f"{name}.py")} <= {None, *COMMON}
 
 
-@pytest.mark.parametrize(("engine", "owner"), [("xllamacpp", "evals/llama_cpp.py"), ("numba", "quant/kernels.py")])
+ENGINES = {
+    "xllamacpp": "evals/llama_cpp.py",
+    "mlx": "evals/mlx_lm.py",
+    "mlx_lm": "evals/mlx_lm.py",
+    "numba": "quant/kernels.py",
+}
+
+
+@pytest.mark.parametrize(("engine", "owner"), ENGINES.items())
 def test_one_file_touches_each_engine(engine: str, owner: str) -> None:
     users = {str(p.relative_to(PACKAGE)) for p in MODULES if any(n.split(".")[0] == engine for n in imports(p))}
     assert users == {owner}
@@ -78,7 +86,7 @@ def test_modules_are_explained_and_of_one_concept(path: Path) -> None:
 
 def test_functions_import_only_where_a_command_or_an_extra_needs_it() -> None:
     """Commands load heavy libraries when they are called; elsewhere only optional packages may wait."""
-    optional = {"xllamacpp", "huggingface_hub"}
+    optional = {"xllamacpp", "mlx", "mlx_lm", "huggingface_hub"}
     for path in MODULES:
         if path.parent.name != "cli":
             late = set(imports(path)) - set(imports(path, nested=False))

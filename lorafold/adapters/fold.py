@@ -56,7 +56,8 @@ def fold(model: nn.Module, name: str = "default", least_kept: float | None = LEA
     """Exact fold of a group adapter into the packed weights; the model itself is left as it is.
 
     Args:
-        least_kept: smallest share of a layer's update that must survive rounding to the storage type; None allows any.
+        least_kept: smallest share of a layer's update that must survive rounding to a fine storage type; None allows
+            any. Formats that store offsets coarsely are not held to it: what was trained is what they store.
 
     Raises:
         FoldError: the adapter is not of this kind, an offset is not finite, or rounding to the file's storage
@@ -70,14 +71,15 @@ def fold(model: nn.Module, name: str = "default", least_kept: float | None = LEA
         if not isinstance(adapter, GroupAdapter):
             raise FoldError(
                 "a LoRA update varies inside a quantization group, so it has no exact place in the file: export it "
-                "(lorafold export --to gguf-adapter), or merge and quantize again with loss (fold --to TYPE --lossy)"
+                "(lorafold export --to gguf-adapter or mlx-adapter), or merge and quantize again with loss "
+                "(fold --to TYPE --lossy)"
             )
         result = _fold_layer(path, layer, adapter)
         folds.append(result)
         if not _storable(result):
             faults.append(f"{path}: an offset is beyond float16")
-        elif least_kept is not None and not result.kept >= least_kept:
-            faults.append(f"{path}: float16 offsets keep only {result.kept:.1%} of the update")
+        elif least_kept is not None and not result.weight.format.coarse and not result.kept >= least_kept:
+            faults.append(f"{path}: the offsets of {result.weight.codec} keep only {result.kept:.1%} of the update")
             advice = SMALL_UPDATE
     if faults:
         raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults) + advice)

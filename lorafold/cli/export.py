@@ -11,7 +11,7 @@ from cyclopts import Parameter
 def export(
     run: Path,
     *,
-    to: Literal["peft", "gguf-adapter"],
+    to: Literal["peft", "gguf-adapter", "mlx-adapter"],
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     overwrite: bool = False,
 ) -> None:
@@ -19,12 +19,13 @@ def export(
 
     Args:
         run: run folder that `lorafold train` wrote.
-        to: peft (a folder that PEFT, vLLM and others load) or gguf-adapter (a file for llama.cpp's --lora).
+        to: peft (a folder that PEFT, vLLM and others load), gguf-adapter (a file for llama.cpp's --lora) or mlx-adapter
+            (a folder for mlx-lm's --adapter-path).
         output: folder or file to write.
         overwrite: replace an existing output.
     """
     from lorafold.files import check_output
-    from lorafold.models.exports import export_gguf_adapter, export_peft
+    from lorafold.models.exports import export_gguf_adapter, export_mlx_adapter, export_peft
     from lorafold.runs import display as shown
     from lorafold.runs.fold import load_trained
     from lorafold.runs.folder import read_run
@@ -34,6 +35,8 @@ def export(
     loaded = load_trained(trained)
     if to == "peft":
         export_peft(loaded, trained.config.adapter, output)
+    elif to == "mlx-adapter":
+        export_mlx_adapter(loaded, output)
     else:
         export_gguf_adapter(loaded, output)
     shown.output(f"{output}: the adapter of {run} for {to}")

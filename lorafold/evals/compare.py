@@ -8,14 +8,15 @@ untouched base file against the base model. A folded file must agree with the tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from lorafold.data.tokens import Tokens
-from lorafold.evals.llama_cpp import LlamaCpp
 from lorafold.models.load import LoadedModel
 
 # bounds on a folded file, relative to the null run
@@ -23,6 +24,14 @@ KL_FACTOR, TOP1_LOSS, LOSS_SLACK = 1.5, 0.01, 0.002
 # Two shares of some 4 % over T tokens differ by chance by sqrt(2 * 0.04 * 0.96 / T): 0.9 points at 1,000, 3 at 85.
 # The KL averages over whole distributions and is steady long before.
 ENOUGH_TOKENS = 1000
+
+
+class Runtime(Protocol):
+    """What executes a model file."""
+
+    def logits(self, ids: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Logits after each token of a row, block by block: (position of the first, float32 [tokens, V])."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Agreement:
 @torch.no_grad()
 def agreement(
     loaded: LoadedModel,
-    runtime: LlamaCpp,
+    runtime: Runtime,
     rows: Sequence[Tokens],
     max_tokens: int,
     progress: Callable[[int], None] | None = None,
@@ -76,7 +85,7 @@ def agreement(
 
     Args:
         loaded: the torch model; float32 makes a fair reference.
-        runtime: the file in llama.cpp, with a vocabulary of the same size.
+        runtime: the file in llama.cpp or MLX, with a vocabulary of the same size.
         progress: called with the number of predictions done after each row.
     """
     kl = hits = loss_torch = loss_runtime = 0.0
@@ -103,8 +112,8 @@ def agreement(
     return Agreement(count, kl / count, hits / count, loss_torch / count, loss_runtime / count)
 
 
-def runtime_loss(runtime: LlamaCpp, rows: Sequence[Tokens], progress: Callable[[int], None] | None = None) -> float:
-    """Mean cross-entropy (nats) per supervised token of a file as llama.cpp computes it."""
+def runtime_loss(runtime: Runtime, rows: Sequence[Tokens], progress: Callable[[int], None] | None = None) -> float:
+    """Mean cross-entropy (nats) per supervised token of a file as its runtime computes it."""
     total, count = 0.0, 0
     for row in rows:
         supervised = torch.tensor(row.supervised)

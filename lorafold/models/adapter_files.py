@@ -37,7 +37,7 @@ from lorafold.models.load import LoadedModel
 from lorafold.quant.linear import QuantLinear
 
 POOLING = "sqrt(group_size)"  # adapters/group.py
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
 _PREFIX = "base_model.model."  # PEFT's name for the model inside its wrapper
 _UNSUPPORTED = {  # PEFT options that change what the tensors mean -> the value under which they change nothing
     "use_dora": False,
@@ -182,14 +182,17 @@ def _is_regex(text: str) -> bool:
 
 
 def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> Injection:
-    """Put the adapter of a folder, ours or PEFT's, on a model and make it active.
+    """Put the adapter of a folder, ours, PEFT's or MLX's, on a model and make it active.
 
     Raises:
         AdapterError: the base weights differ from those it was trained on, or tensors are missing, unexpected or of
             the wrong shape; all faults are in one message and the model is left as it was.
     """
-    spec, config = read_spec(folder)
-    tensors, header = _read_tensors(folder / WEIGHTS)
+    if (folder / MLX_WEIGHTS).is_file():
+        spec, config, tensors, header = _read_mlx(folder)
+    else:
+        spec, config = read_spec(folder)
+        tensors, header = _read_tensors(folder / WEIGHTS)
     layers = linear_layers(loaded.model)
     faults = _base_faults(loaded, header)
     if spec.method == "qa-lora" and header.get("pooling_divisor") != POOLING:
@@ -221,6 +224,25 @@ def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> In
     for path, adapter in built.items():
         attach(loaded.model, path, adapter.requires_grad_(False), name)
     return result
+
+
+def _read_mlx(folder: Path) -> tuple[AdapterSpec, dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """A LoRA adapter in MLX's layout, in the terms of PEFT's; see `export_mlx_adapter`."""
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind, options = values.get("fine_tune_type", "lora"), values["lora_parameters"]
+        rank, scale = options["rank"], options["scale"]
+        if type(rank) is not int or isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise TypeError(f"rank is {rank!r} and scale {scale!r}")
+        spec = AdapterSpec("lora", rank, scale * rank, options.get("dropout", 0.0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise AdapterError(f"{folder / CONFIG} is incomplete or impossible: {error!r}") from None
+    if kind != "lora":
+        raise AdapterError(f"{folder}: fine_tune_type {kind!r} is not supported yet (lora is)")
+    stored, header = _read_tensors(folder / MLX_WEIGHTS)
+    parts = {".lora_a": ".lora_A.weight", ".lora_b": ".lora_B.weight"}
+    tensors = {f"{_PREFIX}{key[:-7]}{parts.get(key[-7:], key[-7:])}": value.T for key, value in stored.items()}
+    return spec, {}, tensors, header
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

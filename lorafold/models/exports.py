@@ -1,4 +1,4 @@
-"""Adapters in the formats of other tools: PEFT folders and llama.cpp's GGUF adapters.
+"""Adapters in the formats of other tools: PEFT folders, llama.cpp's GGUF adapters and MLX's adapter folders.
 
 A QA-LoRA adapter is an ordinary LoRA once A is repeated over each group, so it can be applied at run time wherever
 LoRA can. GGUF layout: llama.cpp, src/llama-adapter.cpp: per target `<tensor>.lora_a` [r, in] and `<tensor>.lora_b`
@@ -8,31 +8,33 @@ LoRA can. GGUF layout: llama.cpp, src/llama-adapter.cpp: per target `<tensor>.lo
 from __future__ import annotations
 
 import errno
+import json
+import re
 from contextlib import closing
 from pathlib import Path
 
 import torch
 from gguf import GGUFWriter
 from torch import Tensor
+from torch.nn import functional
 
 from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.inject import AdaptedLinear, adapted_layers
 from lorafold.adapters.lora import LoRA
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, FormatError
-from lorafold.files import replacing
-from lorafold.models.adapter_files import save_adapter, write_adapter_folder
+from lorafold.files import replacing, replacing_folder
+from lorafold.models.adapter_files import CONFIG, MLX_WEIGHTS, save_adapter, save_tensors, write_adapter_folder
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.load import LoadedModel
-from lorafold.quant.kquants import KCodec
 from lorafold.quant.linear import QuantLinear
 
 
 def lora_pairs(loaded: LoadedModel, name: str = "default") -> dict[str, tuple[Tensor, Tensor, float]]:
     """Every adapted layer as an ordinary LoRA: A [r, in], B [out, r] and its scaling s (delta = s B A).
 
-    Where offsets are learned directly, or the file stores them in coarse steps (K-quants in place), the update that was
-    realized is what counts: row g of A marks the inputs of group g, and B is that update.
+    Where offsets are learned directly, or the file stores them coarsely (K-quants in place, bfloat16), the update that
+    was realized is what counts: row g of A marks the inputs of group g, and B is that update.
     """
     pairs = {}
     for path, layer in adapted_layers(loaded.model):
@@ -43,7 +45,7 @@ def lora_pairs(loaded: LoadedModel, name: str = "default") -> dict[str, tuple[Te
             pairs[path] = (adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling)
         elif isinstance(adapter, GroupAdapter):
             assert isinstance(layer.base, QuantLinear)
-            if adapter.full or isinstance(layer.base.packed.format, KCodec):
+            if adapter.full or layer.base.packed.format.coarse:
                 pairs[path] = (adapter.group_marks(), _realized(layer, adapter), 1.0)
             else:
                 pairs[path] = (*adapter.expanded(), adapter.scaling)
@@ -121,3 +123,34 @@ def export_gguf_adapter(loaded: LoadedModel, path: Path, name: str = "default") 
             GGUFFile(temporary)  # numpy's tofile does not report a full disk
         except FormatError as error:
             raise OSError(errno.ENOSPC, str(error)) from error
+
+
+def export_mlx_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> None:
+    """Write a folder that mlx-lm loads with `adapter_path`.
+
+    MLX gives all layers one rank, so lower ranks are filled up with zeros; the scaling is inside lora_b.
+    Layout: mlx-lm, tuner/utils.py (load_adapters) and tuner/lora.py: lora_a [in, r], lora_b [r, out].
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    pairs = lora_pairs(loaded, name)
+    rank = max(a.shape[0] for a, _, _ in pairs.values())
+    tensors = {}
+    for path, (a, b, scaling) in pairs.items():
+        missing = rank - a.shape[0]
+        tensors[f"{path}.lora_a"] = functional.pad(a.T.float(), (0, missing)).contiguous()
+        tensors[f"{path}.lora_b"] = functional.pad(b.T.float() * scaling, (0, 0, 0, missing)).contiguous()
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": loaded.model.config.num_hidden_layers,
+        "lora_parameters": {
+            "rank": rank,
+            "scale": 1.0,
+            "dropout": 0.0,
+            "keys": sorted({re.sub(r"^model\.layers\.\d+\.", "", path) for path in pairs}),
+        },
+    }
+    with replacing_folder(folder) as temporary:
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_tensors(temporary / MLX_WEIGHTS, tensors, {"base_weights_sha256": loaded.weights_hash()})

@@ -16,12 +16,12 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lorafold.errors import FormatError
-from lorafold.quant.codecs import CODECS
+from lorafold.quant.codecs import CODECS, GGUF_CODECS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DENSE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-SUPPORTED = (*DENSE, *CODECS)
+SUPPORTED = (*DENSE, *GGUF_CODECS)
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9

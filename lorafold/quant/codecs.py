@@ -2,5 +2,7 @@
 
 from lorafold.quant.ggml import GGML_CODECS, Codec
 from lorafold.quant.kquants import K_CODECS
+from lorafold.quant.mlx import MLX_CODECS
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (*GGML_CODECS, *K_CODECS)}
+GGUF_CODECS: dict[str, Codec] = {codec.name: codec for codec in (*GGML_CODECS, *K_CODECS)}
+CODECS: dict[str, Codec] = {**GGUF_CODECS, **{codec.name: codec for codec in MLX_CODECS}}

@@ -37,6 +37,7 @@ class Codec:
         promotes_to: the affine format with a float16 offset that holds the same weights, if any.
         group_size: weights that share a scale and an offset.
         block_weights: weights in a block.
+        coarse: whether offsets are stored so coarsely that a fold is expected to differ from the unrounded update.
         encodes: whether `encode` and `assemble` make blocks of it; llama.cpp's quantizer makes the others.
     """
 
@@ -50,6 +51,7 @@ class Codec:
     group_size: int = GROUP
     block_weights: int = GROUP
     encodes: bool = True
+    coarse: bool = False
 
     @property
     def codes_at(self) -> int:
@@ -164,10 +166,12 @@ class _MoveRounded(torch.autograd.Function):
 
 
 def read_half(blocks: Tensor, at: int) -> Tensor:
+    """The float16 numbers that stand at byte `at` of each block, as float32 [O, B]."""
     return blocks.view(torch.float16)[..., at // 2].float()  # every block has an even number of bytes
 
 
 def write_half(values: Tensor) -> Tensor:
+    """Numbers [...] as the bytes of float16, uint8 [..., 2]."""
     return values.half().unsqueeze(-1).view(torch.uint8)
 
 

@@ -23,7 +23,7 @@ def usable(blocks: Tensor, dtype: torch.dtype) -> bool:
 
 def decode(name: str, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """Dense [O, I] of blocks uint8 [O, B, bytes] of the format `name`, with scale and offset float32 [O, G]."""
-    exact, rounded, weights, *arguments = _KERNELS[name]
+    exact, rounded, weights, *arguments = _KERNELS[name] if name in _KERNELS else _mlx_kernels(name)
     out = torch.empty(blocks.shape[0], blocks.shape[1] * weights, dtype=dtype)
     raw, s, o = blocks.numpy(), scale.contiguous().numpy(), offset.detach().contiguous().numpy()
     threads = torch.get_num_threads()
@@ -294,6 +294,68 @@ def _q6k_bfloat16(raw, scale, offset, out):
             g = slice(16 * b, 16 * b + 16)
             _block6k(raw[r, b], scale[r, g], offset[r, g], w)
             _round(bits, out[r, 256 * b : 256 * b + 256])
+
+
+@njit(inline="always")
+def _block_mlx4(raw, r, g, at, s, o, w):
+    for j in range(raw.shape[2] - at):
+        byte = raw[r, g, at + j]
+        w[2 * j] = s * np.float32(byte & 15) + o
+        w[2 * j + 1] = s * np.float32(byte >> 4) + o
+
+
+@njit(inline="always")
+def _block_mlx(raw, r, g, at, bits, s, o, w):
+    mask = np.uint64((1 << bits) - 1)
+    for chunk in range(len(w) // 8):
+        word = np.uint64(0)
+        for j in range(bits):
+            word |= np.uint64(raw[r, g, at + bits * chunk + j]) << np.uint64(8 * j)
+        for j in range(8):
+            w[8 * chunk + j] = s * np.float32((word >> np.uint64(bits * j)) & mask) + o
+
+
+@njit(parallel=True, cache=True)
+def _mlx4_float32(raw, scale, offset, at, n, out):
+    for r in prange(raw.shape[0]):
+        for g in range(raw.shape[1]):
+            _block_mlx4(raw, r, g, at, scale[r, g], offset[r, g], out[r, n * g : n * g + n])
+
+
+@njit(parallel=True, cache=True)
+def _mlx4_bfloat16(raw, scale, offset, at, n, out):
+    for r in prange(raw.shape[0]):
+        w = np.empty(n, np.float32)
+        bits = w.view(np.uint32)
+        for g in range(raw.shape[1]):
+            _block_mlx4(raw, r, g, at, scale[r, g], offset[r, g], w)
+            _round(bits, out[r, n * g : n * g + n])
+
+
+@njit(parallel=True, cache=True)
+def _mlx_float32(raw, scale, offset, at, n, width, out):
+    for r in prange(raw.shape[0]):
+        for g in range(raw.shape[1]):
+            _block_mlx(raw, r, g, at, width, scale[r, g], offset[r, g], out[r, n * g : n * g + n])
+
+
+@njit(parallel=True, cache=True)
+def _mlx_bfloat16(raw, scale, offset, at, n, width, out):
+    for r in prange(raw.shape[0]):
+        w = np.empty(n, np.float32)
+        bits = w.view(np.uint32)
+        for g in range(raw.shape[1]):
+            _block_mlx(raw, r, g, at, width, scale[r, g], offset[r, g], w)
+            _round(bits, out[r, n * g : n * g + n])
+
+
+def _mlx_kernels(name: str) -> tuple:
+    """The row of `_KERNELS` for one of MLX's combinations, such as MLX4-G64-BF16."""
+    bits, group, stored = name.removeprefix("MLX").split("-")
+    n, at = int(group[1:]), 8 if stored == "F32" else 4
+    if bits == "4":
+        return _mlx4_float32, _mlx4_bfloat16, n, at, n
+    return _mlx_float32, _mlx_bfloat16, n, at, n, int(bits)
 
 
 # kvalues_iq4nl of ggml-common.h

@@ -35,6 +35,7 @@ class KCodec(Codec):
 
     block_weights: int = BLOCK
     encodes: bool = False
+    coarse: bool = True
     d_at: int = 0
     dmin_at: int | None = None
     most: int = 63

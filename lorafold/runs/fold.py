@@ -25,6 +25,7 @@ from lorafold.models.adapter_files import load_adapter, save_tensors
 from lorafold.models.gguf_file import DENSE
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import LoadedModel, load
+from lorafold.models.mlx_folder import MLXFolder, write_mlx
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantLinear
 from lorafold.runs.folder import Run
@@ -59,10 +60,12 @@ class FoldReport:
         grown = self.size_after - self.size_before
         size = "same size" if not grown else f"{grown:+,} bytes"
         what = {
-            "exact": "the file holds the trained weights exactly",
+            "exact": "it holds the trained weights exactly",
             "near": f"every layer keeps {self.kept:.2%} of its update or more",
             "lossy": f"{self.mean_kept:.1%} of the update is left on average, {self.kept:.1%} in the worst layer",
         }[self.kind]
+        if self.kind == "exact" and self.kept < LEAST_KEPT:
+            what += f" (offsets in coarse steps, which hold {self.kept:.1%} of the worst layer's update)"
         return f"{self.kind} fold of {self.layers} layers, {size}: {what}"
 
 
@@ -92,6 +95,8 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
     loaded = load_trained(run)
     if path.resolve() == loaded.path.resolve():
         raise FoldError(f"{path} is the base of this run, without which it cannot be used again; choose another output")
+    if loaded.mlx is not None:
+        return _fold_mlx(loaded, loaded.mlx, path, to, lossy)
     if loaded.gguf is None:
         return _fold_folder(loaded, path, to, lossy)
     if run.config.adapter.method == "qa-lora" and to in (None, _own_type(loaded)):
@@ -132,14 +137,18 @@ def _packed_report(kind: str, folds: list[LayerFold], loaded: LoadedModel) -> Fo
         min(kept),
         sum(kept) / len(kept),
         max(f.error_steps for f in folds),
-        loaded.path.stat().st_size,
+        _size(loaded.path),
         0,
     )
 
 
 def _sized(report: FoldReport, path: Path) -> FoldReport:
-    size = sum(f.stat().st_size for f in path.iterdir()) if path.is_dir() else path.stat().st_size
-    return FoldReport(**{**report.__dict__, "size_after": size})
+    return FoldReport(**{**report.__dict__, "size_after": _size(path)})
+
+
+def _size(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _refuse_loss(report: FoldReport, lossy: bool) -> None:
@@ -148,6 +157,14 @@ def _refuse_loss(report: FoldReport, lossy: bool) -> None:
             f"this fold would keep {report.mean_kept:.1%} of the update on average ({report.kept:.1%} in the worst "
             "layer); pass --lossy to write it all the same, or choose --to f16"
         )
+
+
+def _fold_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path, to: str | None, lossy: bool) -> FoldReport:
+    if to is not None:
+        raise FoldError(f"an MLX folder is folded in its own format, not in {to}; leave --to out")
+    folds = fold(loaded.model, least_kept=None if lossy else LEAST_KEPT)
+    write_mlx(folder, {f.name: f.weight for f in folds}, path)
+    return _sized(_packed_report("exact", folds, loaded), path)
 
 
 @torch.no_grad()
@@ -202,7 +219,6 @@ def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -
             save_tensors(temporary / source.name, tensors, header)
         if layers:
             raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(layers)[:5]))
-        size = sum(f.stat().st_size for f in loaded.path.iterdir() if f.is_file())
-        report = _dense_report(kept, size)
+        report = _dense_report(kept, _size(loaded.path))
         _refuse_loss(report, lossy)
     return _sized(report, path)

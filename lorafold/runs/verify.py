@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +15,16 @@ import torch
 from lorafold.adapters.fold import fold
 from lorafold.adapters.inject import AdaptedLinear, adapted_layers, set_active
 from lorafold.data.tokens import Tokens
-from lorafold.errors import ConfigError
+from lorafold.errors import ConfigError, FormatError
+from lorafold.evals import llama_cpp, mlx_lm
 from lorafold.evals.compare import ENOUGH_TOKENS, Agreement, agreement
 from lorafold.evals.llama_cpp import LlamaCpp
-from lorafold.models.exports import export_gguf_adapter
+from lorafold.evals.mlx_lm import MlxLm
+from lorafold.models.exports import export_gguf_adapter, export_mlx_adapter
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.gguf_write import file_order
-from lorafold.models.load import LoadedModel, load
+from lorafold.models.load import LoadedModel, load, resolve
+from lorafold.models.mlx_folder import MLXFolder, is_mlx
 from lorafold.quant.linear import QuantLinear
 from lorafold.quant.weight import steps_apart
 from lorafold.runs.display import Display
@@ -55,17 +59,50 @@ def verify_file(path: Path, run: Run) -> list[Check]:
         FormatError, AdapterError: the file, the base or the adapter cannot be read.
     """
     trained = load_trained(run)
-    if trained.gguf is None or run.config.adapter.method != "qa-lora":
-        raise ConfigError("verify proves exact folds, which a qa-lora run on a GGUF base has; this run has none")
+    if (trained.gguf is None and trained.mlx is None) or run.config.adapter.method != "qa-lora":
+        raise ConfigError("verify proves exact folds, which a qa-lora run on a GGUF or MLX base has; this run has none")
+    if trained.gguf is None:
+        return _verify_mlx(path, trained)
     base, file = trained.gguf, GGUFFile(path)
     folded = {trained.bindings[f.name].tensor: f for f in fold(trained.model, least_kept=None)}
     return [
         _same_layout(base, file, {tensor: f.weight.codec for tensor, f in folded.items()}),
-        _trained_weights(trained, file),
+        _trained_weights(trained, path),
         _zero_adapter(trained),
         _untouched(base, file, set(folded)),
         _metadata(base, file),
     ]
+
+
+def _verify_mlx(path: Path, trained: LoadedModel) -> list[Check]:
+    base = trained.mlx
+    assert base is not None
+    if not is_mlx(path):
+        raise FormatError(f"{path} is no MLX folder, as the base of this run is")
+    file = MLXFolder(path)
+    ours, theirs = (
+        {name: (t.file.name, t.kind, t.shape) for name, t in folder.tensors.items()} for folder in (base, file)
+    )
+    layout = ours == theirs and base.quantized == file.quantized
+    checks = [Check("same tensors, types and shapes", layout, f"{len(ours)} tensors, {len(base.quantized)} quantized")]
+    if not layout:
+        return checks
+    folded = {f"{path}.biases" for path, _ in adapted_layers(trained.model)}
+    same = [name for name in ours if name not in folded and _sha(base.raw(name)) == _sha(file.raw(name))]
+    changed = len(ours) - len(folded) - len(same)
+    others = {p.name for p in base.path.iterdir() if p.is_file() and p.suffix != ".safetensors"}
+    differing = [name for name in sorted(others) if not _same_bytes(base.path / name, path / name)]
+    return [
+        *checks,
+        _trained_weights(trained, path),
+        _zero_adapter(trained),
+        Check("untouched tensors: same sha256", not changed, f"{len(same)} tensors, {changed} changed"),
+        Check("config and tokenizer: same bytes", not differing, ", ".join(differing) or f"{len(others)} files"),
+    ]
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    return b.is_file() and a.read_bytes() == b.read_bytes()
 
 
 def _same_layout(base: GGUFFile, file: GGUFFile, codecs: dict[str, str]) -> Check:
@@ -77,9 +114,9 @@ def _same_layout(base: GGUFFile, file: GGUFFile, codecs: dict[str, str]) -> Chec
 
 
 @torch.no_grad()
-def _trained_weights(trained: LoadedModel, file: GGUFFile) -> Check:
+def _trained_weights(trained: LoadedModel, file: Path) -> Check:
     """Largest difference between the file's decoded weights and those of the training forward pass."""
-    stored = load(file.path)
+    stored = load(file)
     worst, count = 0.0, 0
     for path, layer in adapted_layers(trained.model):
         other = stored.model.get_submodule(path)
@@ -96,7 +133,6 @@ def _trained_weights(trained: LoadedModel, file: GGUFFile) -> Check:
 @torch.no_grad()
 def _zero_adapter(trained: LoadedModel) -> Check:
     """Folding an adapter of zeros must give the base back: the same bytes, or after promotion the same weights."""
-    assert trained.gguf is not None
     apart = [_zero_fold_apart(trained, path, layer) for path, layer in adapted_layers(trained.model)]
     different = sum(a is None for a in apart)
     promoted = [a for a in apart if a]
@@ -108,13 +144,16 @@ def _zero_adapter(trained: LoadedModel) -> Check:
 
 def _zero_fold_apart(trained: LoadedModel, path: str, layer: AdaptedLinear) -> float | None:
     """0 where a fold of zeros gives the base back, None where it does not; for promoted K-quants the steps apart."""
-    assert trained.gguf is not None
     assert isinstance(layer.base, QuantLinear)
-    packed, binding = layer.base.packed, trained.bindings[path]
+    packed = layer.base.packed
     codec = packed.format
     stored = codec.offset(packed.blocks)
     nothing = codec.move_offset(stored, torch.zeros_like(stored))
     unchanged = type(packed)(packed.codec, packed.shape, codec.with_offset(packed.blocks, nothing))
+    if trained.mlx is not None:
+        return 0.0 if torch.equal(unchanged.blocks, trained.mlx.packed(path).blocks) else None
+    assert trained.gguf is not None
+    binding = trained.bindings[path]
     info = trained.gguf.tensors[binding.tensor]
     if info.type == packed.codec:
         same = np.array_equal(file_order(unchanged, binding).reshape(-1), trained.gguf.raw(binding.tensor))
@@ -151,14 +190,16 @@ def _sha(data: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class RuntimeProof:
-    """Agreement of torch and llama.cpp, before and after.
+    """Agreement of torch and the runtime of the format, before and after.
 
     Attributes:
+        runtime: its name.
         null: the base model against the untouched base file: how well the runtime can agree at all.
         folded: the trained model against the folded file.
         adapter: the trained model against the base file with the exported adapter applied at run time.
     """
 
+    runtime: str
     null: Agreement
     folded: Agreement | None
     adapter: Agreement | None
@@ -167,18 +208,18 @@ class RuntimeProof:
         """The proof as lines."""
         few = self.null.tokens < ENOUGH_TOKENS
         note = [f"under {ENOUGH_TOKENS:,} tokens only the KL is judged"] if few else []
-        lines = [Check("llama.cpp, null run", None, "; ".join([_figures(self.null), *note]))]
+        lines = [Check(f"{self.runtime}, null run", None, "; ".join([_figures(self.null), *note]))]
         for name, found in (("folded file", self.folded), ("adapter at run time", self.adapter)):
             if found is not None:
                 broken = found.as_close_as(self.null)
-                lines.append(Check(f"llama.cpp, {name}", not broken, "; ".join([_figures(found), *broken])))
+                lines.append(Check(f"{self.runtime}, {name}", not broken, "; ".join([_figures(found), *broken])))
         return lines
 
 
 def _figures(a: Agreement) -> str:
     return (
         f"{a.tokens:,} tokens, KL {a.mean_kl:.2e}, top-1 {a.top1:.2%}, "
-        f"loss {a.loss_torch:.4f} torch / {a.loss_runtime:.4f} llama.cpp"
+        f"loss {a.loss_torch:.4f} torch / {a.loss_runtime:.4f} runtime"
     )
 
 
@@ -190,32 +231,45 @@ def verify_runtime(
     tokens: int = RUNTIME_TOKENS,
     adapter: bool = True,
 ) -> RuntimeProof:
-    """Compare in llama.cpp: base against base file, trained model against folded file and against the exported adapter.
+    """Compare in llama.cpp or MLX: base with base file, trained model with folded file and with the exported adapter.
 
     Args:
         path: the folded file; None compares the adapter only.
         rows: held-out rows, of which the first `tokens` predictions are used.
 
     Raises:
-        MissingExtraError: xllamacpp is not installed.
+        MissingExtraError: the runtime is not installed.
     """
     trained = load_trained(run)
-    assert trained.gguf is not None
-    n_ctx = max(len(row.ids) for row in rows)
+    name, engine, export = _runtime_of(trained, max(len(row.ids) for row in rows))
     with tempfile.TemporaryDirectory() as folder:
-        exported = Path(folder) / "adapter.gguf"
+        exported = Path(folder) / "adapter"
         jobs: list[tuple[str, Path, Path | None, str | None]] = [("null run", trained.path, None, None)]
         if path is not None:
             jobs.append(("folded file", path, None, "default"))
         if adapter:
-            export_gguf_adapter(trained, exported)
+            export(trained, exported)
             jobs.append(("adapter", trained.path, exported, "default"))
         found: dict[str, Agreement] = {}
         for label, model, lora, active in jobs:
             set_active(trained.model, active)
-            with display.bar(f"llama.cpp: {label}", tokens) as done, LlamaCpp(model, lora, n_ctx) as runtime:
+            with display.bar(f"{name}: {label}", tokens) as done, engine(model, lora) as runtime:
                 found[label] = agreement(trained, runtime, rows, tokens, done)
-    return RuntimeProof(found["null run"], found.get("folded file"), found.get("adapter"))
+    return RuntimeProof(name, found["null run"], found.get("folded file"), found.get("adapter"))
+
+
+def _runtime_of(trained: LoadedModel, n_ctx: int) -> tuple[str, Callable[..., Any], Callable[..., None]]:
+    """Name of the runtime that executes the base's format, how to open a model in it, how to export an adapter."""
+    if trained.mlx is not None:
+        return "MLX", MlxLm, export_mlx_adapter
+    return "llama.cpp", lambda model, lora: LlamaCpp(model, lora, n_ctx), export_gguf_adapter
+
+
+def missing_runtime(run: Run) -> str | None:
+    """What to install so that `verify_runtime` can run; None if it can."""
+    if is_mlx(resolve(run.config.model)):
+        return None if mlx_lm.available() else "MLX was left out: pip install 'lorafold[mlx]' brings it"
+    return None if llama_cpp.available() else "llama.cpp was left out: pip install 'lorafold[llama-cpp]' brings it"
 
 
 def check_table(checks: Sequence[Check]) -> str:

@@ -93,7 +93,7 @@ def test_update_that_float16_swallows_is_refused(adapted: Adapted) -> None:
     with pytest.raises(FoldError) as caught:
         fold(loaded.model)
     for i in range(3):
-        assert f"model.layers.{i}.self_attn.q_proj: float16 offsets keep only" in str(caught.value)
+        assert f"model.layers.{i}.self_attn.q_proj: the offsets of Q4_1 keep only" in str(caught.value)
     assert "train longer" in str(caught.value)
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorafold.quant import kernels
-from lorafold.quant.codecs import CODECS
+from lorafold.quant.codecs import CODECS, GGUF_CODECS
 from tests.quant.test_ggml import HALVES_AT, random_blocks
 
-codecs = pytest.mark.parametrize("codec", sorted(CODECS))
+codecs = pytest.mark.parametrize("codec", sorted(GGUF_CODECS))  # test_mlx.py has the others
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 

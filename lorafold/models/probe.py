@@ -1,0 +1,46 @@
+"""Whether rows may be laid end to end in a model: tried on two short rows, for architectures that no test covers.
+
+Attention keeps rows apart (`attention.py`); layers of other kinds (convolutions, recurrences) or attention with extras
+may not. A model that mixes rows would train on wrong losses without a word, so it is refused.
+"""
+
+# N tokens of both rows, H hidden width
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+_ROWS = (7, 4)  # tokens of the two rows
+
+
+@torch.no_grad()
+def hidden_alone(model: PreTrainedModel) -> Tensor:
+    """Last hidden states [1, N, H] of two rows, each by itself, as transformers computes them."""
+    rows = torch.arange(sum(_ROWS), device=model.device)[None].split(_ROWS, 1)
+    return torch.cat([model.base_model(input_ids=row, use_cache=False)[0] for row in rows], 1)
+
+
+@torch.no_grad()
+def rows_mix(model: PreTrainedModel, alone: Tensor) -> str | None:
+    """What is wrong when the two rows lie end to end in one pass; None if each comes out as it does alone.
+
+    The second row must not change by a single bit when the first one does: a small leak hides in rounding otherwise.
+
+    Args:
+        alone: result of `hidden_alone`, before the model's attention was replaced.
+    """
+    ids = torch.arange(sum(_ROWS), device=model.device)[None]
+    other = torch.cat([ids[:, : _ROWS[0]] + 1, ids[:, _ROWS[0] :]], 1)
+    positions = torch.cat([torch.arange(n, device=model.device) for n in _ROWS])[None]
+    options = {"position_ids": positions, "segments": list(_ROWS), "use_cache": False}
+    try:
+        packed, again = (model.base_model(input_ids=row, **options)[0] for row in (ids, other))
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    leaks = not torch.equal(packed[:, _ROWS[0] :], again[:, _ROWS[0] :])
+    tolerance = 1e-3 if packed.dtype == torch.float32 else 5e-2
+    if leaks or not (packed - alone).abs().max() <= tolerance * alone.abs().max():
+        return "rows that lie end to end in one pass do not come out as each does alone"
+    return None
