@@ -19,8 +19,9 @@ from lorafold.errors import ConfigError, bullet_list, nearest
 Method = Literal["qa-lora", "lora"]
 FULL = "full"
 
-# AdamW's step is about the learning rate per element whatever the gradient, so the rate that suits a
-# parametrization follows from what one step does to a weight; searched on SmolLM2 (docs/results/gsm8k.md).
+# AdamW's step is about the learning rate per element whatever the gradient, so the rate that suits a parametrization
+# follows from what one step does to a weight. Low ranks: half of the best rate of three or four in runs of 50 steps,
+# since longer runs want less; full: the best (docs/results/gsm8k.md).
 DEFAULT_LEARNING_RATE = {"lora": 1e-3, "qa-lora": 4e-3, "qa-lora full": 1e-3}
 
 
@@ -36,6 +37,8 @@ class AdapterSpec:
         target_modules: `all-linear` (every linear layer but the head), layer names, or one regular expression.
         exclude_modules: layer names or one regular expression, taken out of the targets.
         use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
+        adapt: what qa-lora learns of each group: `offset`, `scale` (any type with a scale per group, also Q8_0), or
+            `both` (a third more time; the update is no LoRA, so it can be folded but not exported).
         k_quants: how qa-lora adapts Q4_K and Q5_K: `promote` to Q4_1 and Q5_1 first (float16 offsets; the file grows
             by half a bit per weight), or `in-place` (same file size; offsets move in the steps the format has).
     """
@@ -47,6 +50,7 @@ class AdapterSpec:
     target_modules: tuple[str, ...] = ("all-linear",)
     exclude_modules: tuple[str, ...] = ()
     use_rslora: bool = False
+    adapt: Literal["offset", "scale", "both"] = "offset"
     k_quants: Literal["promote", "in-place"] = "promote"
 
     def __post_init__(self) -> None:
@@ -65,6 +69,10 @@ class AdapterSpec:
             faults.append(f"lora_dropout is {self.lora_dropout}; it must lie in [0, 1)")
         if self.lora_dropout and self.method == "qa-lora":
             faults.append("lora_dropout acts on activations, which qa-lora never sees; leave it 0 or use --method lora")
+        if self.adapt not in ("offset", "scale", "both"):
+            faults.append(f"adapt is {self.adapt!r}; offset, scale and both are known")
+        if self.adapt != "offset" and self.method == "lora":
+            faults.append("adapt chooses what qa-lora learns of a group; lora learns neither offsets nor scales")
         if self.k_quants not in ("promote", "in-place"):
             faults.append(f"k_quants is {self.k_quants!r}; promote and in-place are known")
         if not self.target_modules:
@@ -86,7 +94,8 @@ class AdapterSpec:
     @property
     def label(self) -> str:
         """Short name for tables, such as `qa-lora r=8`."""
-        return f"{self.method} r={self.r}"
+        what = {"offset": "", "scale": " scales", "both": " offsets and scales"}[self.adapt]
+        return f"{self.method} r={self.r}{what}"
 
     @property
     def default_learning_rate(self) -> float:
@@ -186,7 +195,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     eval_steps: int | None = None
     gradient_checkpointing: bool = False
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: int = 768
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 42

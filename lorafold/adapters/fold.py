@@ -1,7 +1,7 @@
 """Merge an adapter into the weights it was trained on.
 
-A group adapter folds exactly: only the stored offsets change, and they change to the very numbers that the
-forward pass computed with. LoRA has no such place in a quantized block: it can only be merged into the dense weight
+A group adapter folds exactly: only the stored offsets (and scales) change, and they change to the very numbers that
+the forward pass computed with. LoRA has no such place in a quantized block: it can only be merged into the dense weight
 and quantized again, which is lossy and has to be asked for.
 """
 
@@ -77,45 +77,60 @@ def fold(model: nn.Module, name: str = "default", least_kept: float | None = LEA
         result = _fold_layer(path, layer, adapter)
         folds.append(result)
         if not _storable(result):
-            faults.append(f"{path}: an offset is beyond float16")
+            faults.append(f"{path}: an offset or scale is beyond {_type_name(result.weight)}")
         elif least_kept is not None and not result.weight.format.coarse and not result.kept >= least_kept:
-            faults.append(f"{path}: the offsets of {result.weight.codec} keep only {result.kept:.1%} of the update")
+            faults.append(f"{path}: {result.weight.codec} keeps only {result.kept:.1%} of the update")
             advice = SMALL_UPDATE
     if faults:
         raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults) + advice)
     return folds
 
 
+def _type_name(weight: QuantizedWeight) -> str:
+    return str(weight.format.stored).removeprefix("torch.")
+
+
 def _storable(result: LayerFold) -> bool:
-    return bool(torch.isfinite(result.weight.format.offset(result.weight.blocks)).all())
+    codec, blocks = result.weight.format, result.weight.blocks
+    return bool(torch.isfinite(codec.offset(blocks)).all() and torch.isfinite(codec.scale(blocks)).all())
 
 
 @torch.no_grad()
 def _fold_layer(path: str, layer: AdaptedLinear, adapter: GroupAdapter) -> LayerFold:
     assert isinstance(layer.base, QuantLinear)
     packed = layer.base.packed
-    codec, stored = packed.format, packed.format.offset(packed.blocks)
-    wanted = adapter.offset_update()
-    offset = codec.move_offset(stored, wanted)
-    realized = offset - stored
-    kept = kept_fraction(realized, wanted)
-    step = codec.scale(packed.blocks).abs().clamp_min(torch.finfo(torch.float16).tiny)
-    error = float(((realized - wanted).abs() / step).max())
-    return LayerFold(
-        path, QuantizedWeight(packed.codec, packed.shape, codec.with_offset(packed.blocks, offset)), kept, error
-    )
+    codec, blocks = packed.format, packed.blocks
+    step = codec.scale(blocks)
+    wanted = realized = torch.zeros_like(step)
+    update = adapter.offset_update()
+    if update is not None:
+        stored = codec.offset(blocks)
+        offset = codec.move_offset(stored, update)
+        wanted, realized = update, offset - stored
+        blocks = codec.with_offset(blocks, offset)
+    update = adapter.scale_update()
+    if update is not None:
+        scale = codec.move_scale(step, update)
+        levels = codec.levels(blocks)  # a scale moves each weight by another amount
+        wanted = wanted[..., None] + (step * update)[..., None] * levels
+        realized = realized[..., None] + (scale - step)[..., None] * levels
+        blocks = codec.with_scale(blocks, scale)
+        step = step[..., None]
+    error = float(((realized - wanted).abs() / step.abs().clamp_min(torch.finfo(torch.float16).tiny)).max())
+    new = QuantizedWeight(packed.codec, packed.shape, blocks)
+    return LayerFold(path, new, kept_fraction(realized, wanted), error)
 
 
-def base_weight(base: nn.Linear | QuantLinear, offset: Tensor | None = None) -> Tensor:
-    """Dense float32 weight [out, in] of a layer without its adapters; `offset` stands in for the stored offsets."""
-    return base.packed.decode(torch.float32, offset) if isinstance(base, QuantLinear) else base.weight.float()
+def base_weight(base: nn.Linear | QuantLinear, offset: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """Dense float32 weight [out, in] of a layer without its adapters; `offset`, `scale` replace the stored ones."""
+    return base.packed.decode(torch.float32, offset, scale) if isinstance(base, QuantLinear) else base.weight.float()
 
 
 @torch.no_grad()
 def merged_weight(layer: AdaptedLinear) -> Tensor:
     """Dense float32 weight [out, in] of a layer with its active adapter merged in."""
     base, adapter = layer.base, layer.adapter
-    weight = base_weight(base, layer.offset())
+    weight = base_weight(base, layer.offset(), layer.scale())
     return weight + adapter.delta().float() if isinstance(adapter, LoRA) else weight
 
 
@@ -146,7 +161,7 @@ def requantize(model: nn.Module, codec: str | None, name: str = "default") -> li
         if isinstance(adapter, GroupAdapter) and packed and packed.codec == target:
             folds.append(_fold_layer(path, layer, adapter))
             if not _storable(folds[-1]):
-                faults.append(f"{path}: an offset is beyond float16")
+                faults.append(f"{path}: an offset or scale is beyond {_type_name(packed)}")
             continue
         before, wanted = base_weight(layer.base), merged_weight(layer)
         new = encode(wanted, target)

@@ -1,4 +1,4 @@
-"""QA-LoRA (arXiv 2309.14717): learn the offsets of a group-quantized weight, nothing else.
+"""QA-LoRA (arXiv 2309.14717): learn the offsets of a group-quantized weight; on request its scales.
 
 A group-quantized weight is  w[o, j] = scale[o, g] code[o, j] + offset[o, g]  with g = j // group.
 The adapter moves the offset,
@@ -7,6 +7,9 @@ The adapter moves the offset,
 
 where round() is the rounding of the file format with the gradient passed straight through. So the model that is
 trained is the model that the file will hold, and folding loses nothing.
+
+Scales (`adapt`: scale or both) are learned in the same way, as  scale' = round(scale (1 + (s / p) B A)); PEQA
+(arXiv 2305.14152) tunes scales alone.
 
 p is the pooling divisor. Written on activations the update is (s / p) B A pool(x), pool being the sum over a
 group. The paper takes the mean (p = group); PEFT's `use_qalora` multiplies that mean by G. Here
@@ -27,40 +30,65 @@ FULL = "full"
 
 
 class GroupAdapter(nn.Module):
-    """Low-rank or full update of one layer's offsets.
+    """Low-rank or full update of one layer's offsets, scales, or both.
 
     Args:
         groups, out_features: G and O of the layer.
         group_size: weights that share an offset.
-        r: rank, or `"full"`: one free number per offset, D [O, G], and offset' = round(offset + D).
+        r: rank, or `"full"`: one free number per group and row, D [O, G], so offset' = round(offset + D).
         scaling: s; unused with `"full"`.
+        adapt: `offset`, `scale` or `both`.
     """
 
-    def __init__(self, groups: int, out_features: int, group_size: int, r: int | str, scaling: float):
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scale_A: nn.Parameter
+    scale_B: nn.Parameter
+    offset_delta: nn.Parameter
+    scale_delta: nn.Parameter
+
+    def __init__(
+        self, groups: int, out_features: int, group_size: int, r: int | str, scaling: float, adapt: str = "offset"
+    ):
         super().__init__()
         self.group_size = group_size
+        self.groups = groups
         self.scaling = scaling
         self.full = r == FULL
-        if self.full:
-            self.offset_delta = nn.Parameter(torch.zeros(out_features, groups))
-            return
-        self.lora_A = nn.Parameter(torch.empty(int(r), groups))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, int(r)))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.learns_offset, self.learns_scale = adapt != "scale", adapt != "offset"
+        names = {"lora": self.learns_offset, "scale": self.learns_scale}
+        for name in (name for name, learned in names.items() if learned):
+            if self.full:
+                delta = nn.Parameter(torch.zeros(out_features, groups))
+                setattr(self, "offset_delta" if name == "lora" else "scale_delta", delta)
+                continue
+            a = nn.Parameter(torch.empty(int(r), groups))
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            setattr(self, f"{name}_A", a)
+            setattr(self, f"{name}_B", nn.Parameter(torch.zeros(out_features, int(r))))
 
     @property
     def pooling_divisor(self) -> float:
         """p."""
         return math.sqrt(self.group_size)
 
-    def offset_update(self) -> Tensor:
-        """What is added to the offsets, [O, G] float32."""
-        if self.full:
-            return self.offset_delta
-        return (self.scaling / self.pooling_divisor) * (self.lora_B @ self.lora_A)
+    def offset_update(self) -> Tensor | None:
+        """What is added to the offsets, [O, G] float32; None where they are not learned."""
+        if not self.learns_offset:
+            return None
+        return self.offset_delta if self.full else self._product(self.lora_A, self.lora_B)
+
+    def scale_update(self) -> Tensor | None:
+        """By what share the scales grow, [O, G] float32; None where they are not learned."""
+        if not self.learns_scale:
+            return None
+        return self.scale_delta if self.full else self._product(self.scale_A, self.scale_B)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        return (self.scaling / self.pooling_divisor) * (b @ a)
 
     def expanded(self) -> tuple[Tensor, Tensor]:
-        """The same update as an ordinary LoRA pair: A [r, I] and B [O, r] with  delta = s B A.
+        """The same update of the offsets as an ordinary LoRA pair: A [r, I] and B [O, r] with  delta = s B A.
 
         Each column of A is repeated over its group and divided by p. With `r = full` the rank becomes
         G: row g of A marks the inputs of group g, B is the update itself, and s is 1.
@@ -72,5 +100,5 @@ class GroupAdapter(nn.Module):
 
     def group_marks(self) -> Tensor:
         """[G, I]: row g is 1 on the inputs of group g, so offsets [O, G] times this is their update of the weights."""
-        parameter = self.offset_delta if self.full else self.lora_A
-        return torch.eye(parameter.shape[1], device=parameter.device).repeat_interleave(self.group_size, dim=1)
+        device = next(self.parameters()).device
+        return torch.eye(self.groups, device=device).repeat_interleave(self.group_size, dim=1)

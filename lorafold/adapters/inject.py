@@ -13,7 +13,8 @@ from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.lora import LoRA
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, bullet_list, nearest
-from lorafold.quant.codecs import CODECS
+from lorafold.quant.codecs import CODECS, GGUF_CODECS
+from lorafold.quant.ggml import Codec
 from lorafold.quant.linear import QuantLinear
 from lorafold.quant.weight import promote, steps_apart
 
@@ -44,18 +45,27 @@ class AdaptedLinear(nn.Module):
 
     def offset(self) -> Tensor | None:
         """Offsets [out, groups] it computes with, as its file stores them; None without a group adapter."""
-        adapter = self.adapter
-        if not isinstance(adapter, GroupAdapter):
+        update = self.adapter.offset_update() if isinstance(self.adapter, GroupAdapter) else None
+        if update is None:
             return None
         assert isinstance(self.base, QuantLinear)
         packed = self.base.packed
-        return packed.format.move_offset(packed.format.offset(packed.blocks), adapter.offset_update())
+        return packed.format.move_offset(packed.format.offset(packed.blocks), update)
+
+    def scale(self) -> Tensor | None:
+        """Scales [out, groups] it computes with, as its file stores them; None where they are not learned."""
+        update = self.adapter.scale_update() if isinstance(self.adapter, GroupAdapter) else None
+        if update is None:
+            return None
+        assert isinstance(self.base, QuantLinear)
+        packed = self.base.packed
+        return packed.format.move_scale(packed.format.scale(packed.blocks), update)
 
     def forward(self, x: Tensor) -> Tensor:
         """Y [..., out] of X [..., in]."""
         adapter = self.adapter
         if isinstance(adapter, GroupAdapter):
-            return self.base(x, self.offset())
+            return self.base(x, self.offset(), self.scale())
         y = self.base(x)
         return y if adapter is None else y + adapter(x)
 
@@ -70,6 +80,7 @@ class Injection:
         promotion_error: largest change of a weight by a promotion, in quantization steps.
         added_bytes: bytes the promotions add to the file.
         frozen: names of layers that all-linear means and that the method cannot adapt -> their type.
+        learned: what a group stores and the method learns, in words.
         trainable: number of trained parameters.
     """
 
@@ -78,6 +89,7 @@ class Injection:
     promotion_error: float = 0.0
     added_bytes: int = 0
     frozen: dict[str, str] = field(default_factory=dict)
+    learned: str = "offset"
     trainable: int = 0
 
     def describe(self) -> str:
@@ -89,7 +101,7 @@ class Injection:
         if self.added_bytes:
             lines[-1] += f", {self.added_bytes:,} bytes more on disk"
         for kind, count in Counter(self.frozen.values()).items():
-            lines.append(f"{count} matrices of type {kind} stay as they are: it stores no offset to learn")
+            lines.append(f"{count} matrices of type {kind} stay as they are: it stores no {self.learned} to learn")
         return "; ".join(lines)
 
 
@@ -180,10 +192,10 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     result = Injection(targets)
     if spec.method == "qa-lora":
         if ALL_LINEAR in spec.target_modules:
-            result.frozen = {path: kind for path in targets if (kind := _without_offset(layers[path]))}
+            result.frozen = {path: kind for path in targets if (kind := _unsuitable(layers[path], spec))}
             if len(result.frozen) < len(targets):
                 targets = result.modules = [path for path in targets if path not in result.frozen]
-        prepare_group_bases(layers, targets, result, spec.k_quants)
+        prepare_group_bases(layers, targets, result, spec)
     for path in targets:
         adapter = make_adapter(layers[path], spec)
         attach(model, path, adapter, name)
@@ -214,58 +226,26 @@ def make_adapter(base: nn.Linear | QuantLinear, spec: AdapterSpec) -> Adapter:
     if spec.method == "qa-lora":
         assert isinstance(base, QuantLinear)
         size = base.packed.format.group_size
-        return GroupAdapter(base.in_features // size, base.out_features, size, spec.r, spec.scaling)
+        return GroupAdapter(base.in_features // size, base.out_features, size, spec.r, spec.scaling, spec.adapt)
     assert isinstance(spec.r, int)
     return LoRA(base.in_features, base.out_features, spec.r, spec.scaling, spec.lora_dropout)
 
 
 def prepare_group_bases(
-    layers: dict[str, nn.Linear | QuantLinear], targets: list[str], result: Injection, k_quants: str
+    layers: dict[str, nn.Linear | QuantLinear], targets: list[str], result: Injection, spec: AdapterSpec
 ) -> None:
-    """Make every target's format one that stores offsets, or refuse them all at once.
+    """Make every target's format one that stores what is learned, or refuse them all at once.
 
     Raises:
-        AdapterError: targets are dense or have a format that stores no offset and is not promoted.
+        AdapterError: targets are dense or have a format that stores no such thing and is not promoted.
     """
-    _refuse_unsuitable(layers, targets)
-    _promote_all(layers, targets, result, k_quants)
-
-
-def _without_offset(layer: nn.Linear | QuantLinear) -> str | None:
-    """The layer's type if that has no offset to learn."""
-    if not isinstance(layer, QuantLinear):
-        return str(layer.weight.dtype).removeprefix("torch.")
-    codec = layer.packed.format
-    return codec.name if not codec.affine and codec.promotes_to is None else None
-
-
-def _refuse_unsuitable(layers: dict[str, nn.Linear | QuantLinear], targets: list[str]) -> None:
-    bad: dict[str, list[str]] = {}
-    for path in targets:
-        if kind := _without_offset(layers[path]):
-            bad.setdefault(kind, []).append(path)
-    if bad:
-        faults = [
-            f"{kind}: {len(paths)} layers ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
-            for kind, paths in bad.items()
-        ]
-        able = [name for name, codec in CODECS.items() if codec.affine or codec.promotes_to]
-        raise AdapterError(
-            "qa-lora learns the offset that a quantized group stores, and these targets store none:\n"
-            + bullet_list(faults)
-            + "\nleave them out with --exclude-modules, train them with --method lora, or start from a file whose "
-            f"matrices are {', '.join(able)}"
-        )
-
-
-def _promote_all(
-    layers: dict[str, nn.Linear | QuantLinear], targets: list[str], result: Injection, k_quants: str
-) -> None:
+    result.learned = _learned(spec)
+    _refuse_unsuitable(layers, targets, spec)
     for path in targets:
         layer = layers[path]
         assert isinstance(layer, QuantLinear)
         old = layer.packed
-        if old.format.affine and (old.format.promotes_to is None or k_quants == "in-place"):
+        if _codec_to_train(old.format, spec) is old.format:
             continue
         try:
             new = promote(old)
@@ -276,6 +256,44 @@ def _promote_all(
         layer.packed = new
         result.promotions[path] = (old.codec, new.codec)
         result.added_bytes += new.nbytes - old.nbytes
+
+
+def _learned(spec: AdapterSpec) -> str:
+    return {"offset": "offset", "scale": "scale of its own", "both": "offset and scale of its own"}[spec.adapt]
+
+
+def _codec_to_train(codec: Codec, spec: AdapterSpec) -> Codec:
+    """The format that a matrix is trained in: its own, or the one that it is promoted to first."""
+    wanted = spec.k_quants == "promote" if codec.affine else spec.adapt != "scale"
+    return CODECS[codec.promotes_to] if codec.promotes_to and wanted else codec
+
+
+def _unsuitable(layer: nn.Linear | QuantLinear, spec: AdapterSpec) -> str | None:
+    """The layer's type if that does not store what is learned, before and after promotion."""
+    if not isinstance(layer, QuantLinear):
+        return str(layer.weight.dtype).removeprefix("torch.")
+    codec = _codec_to_train(layer.packed.format, spec)
+    suits = (codec.affine or spec.adapt == "scale") and (codec.scalable or spec.adapt == "offset")
+    return None if suits else layer.packed.codec
+
+
+def _refuse_unsuitable(layers: dict[str, nn.Linear | QuantLinear], targets: list[str], spec: AdapterSpec) -> None:
+    bad: dict[str, list[str]] = {}
+    for path in targets:
+        if kind := _unsuitable(layers[path], spec):
+            bad.setdefault(kind, []).append(path)
+    if bad:
+        faults = [
+            f"{kind}: {len(paths)} layers ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
+            for kind, paths in bad.items()
+        ]
+        able = [name for name, codec in GGUF_CODECS.items() if codec.affine or codec.promotes_to]
+        raise AdapterError(
+            f"qa-lora learns the {_learned(spec)} that a quantized group stores, and these targets store none:\n"
+            + bullet_list(faults)
+            + "\nleave them out with --exclude-modules, train them with --method lora, or start from a file whose "
+            f"matrices are {', '.join(able)}"
+        )
 
 
 def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

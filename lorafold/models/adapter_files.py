@@ -38,6 +38,7 @@ from lorafold.quant.linear import QuantLinear
 
 POOLING = "sqrt(group_size)"  # adapters/group.py
 CONFIG, WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
+_PARTS = ("lora_A", "lora_B", "offset_delta", "scale_A", "scale_B", "scale_delta")
 _PREFIX = "base_model.model."  # PEFT's name for the model inside its wrapper
 _UNSUPPORTED = {  # PEFT options that change what the tensors mean -> the value under which they change nothing
     "use_dora": False,
@@ -76,7 +77,7 @@ def save_adapter(folder: Path, loaded: LoadedModel, spec: AdapterSpec, name: str
     }
     header = {"format": "pt", "base_weights_sha256": loaded.weights_hash()}
     if spec.method == "qa-lora":
-        config["k_quants"] = spec.k_quants
+        config |= {"adapt": spec.adapt, "k_quants": spec.k_quants}
         header["pooling_divisor"] = POOLING
     tensors = {_file_key(key): value.detach().cpu().contiguous() for key, value in state.items()}
     write_adapter_folder(folder, config, tensors, header)
@@ -142,6 +143,7 @@ def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
             lora_alpha=config["lora_alpha"],
             lora_dropout=config.get("lora_dropout", 0.0),
             use_rslora=config.get("use_rslora", False),
+            adapt=config.get("adapt", "offset"),
             k_quants=config.get("k_quants", "promote"),
         )
     except (KeyError, TypeError, ConfigError) as error:
@@ -200,7 +202,7 @@ def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> In
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         path, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        if not key.startswith(_PREFIX) or path not in layers or part not in ("lora_A", "lora_B", "offset_delta"):
+        if not key.startswith(_PREFIX) or path not in layers or part not in _PARTS:
             faults.append(f"unexpected tensor {key}")
         else:
             grouped.setdefault(path, {})[part] = value
@@ -220,7 +222,7 @@ def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> In
         raise AdapterError(f"the adapter {folder} does not fit {loaded.path}:\n{listing}")
     result = Injection(list(built), trainable=sum(t.numel() for t in tensors.values()))
     if spec.method == "qa-lora":
-        prepare_group_bases(layers, list(built), result, spec.k_quants)
+        prepare_group_bases(layers, list(built), result, spec)
     for path, adapter in built.items():
         attach(loaded.model, path, adapter.requires_grad_(False), name)
     return result

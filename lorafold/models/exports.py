@@ -45,6 +45,11 @@ def lora_pairs(loaded: LoadedModel, name: str = "default") -> dict[str, tuple[Te
             pairs[path] = (adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling)
         elif isinstance(adapter, GroupAdapter):
             assert isinstance(layer.base, QuantLinear)
+            if adapter.learns_scale:
+                raise AdapterError(
+                    "an update of scales differs from weight to weight inside a group, so it is no LoRA of low rank "
+                    "and cannot be exported; fold it into the file instead (lorafold fold)"
+                )
             if adapter.full or layer.base.packed.format.coarse:
                 pairs[path] = (adapter.group_marks(), _realized(layer, adapter), 1.0)
             else:
@@ -58,7 +63,9 @@ def _realized(layer: AdaptedLinear, adapter: GroupAdapter) -> Tensor:
     assert isinstance(layer.base, QuantLinear)
     packed = layer.base.packed
     stored = packed.format.offset(packed.blocks)
-    return packed.format.move_offset(stored, adapter.offset_update()) - stored
+    update = adapter.offset_update()
+    assert update is not None
+    return packed.format.move_offset(stored, update) - stored
 
 
 def export_peft(loaded: LoadedModel, spec: AdapterSpec, folder: Path, name: str = "default") -> None:

@@ -38,6 +38,8 @@ class Codec:
         group_size: weights that share a scale and an offset.
         block_weights: weights in a block.
         coarse: whether offsets are stored so coarsely that a fold is expected to differ from the unrounded update.
+        scalable: whether each group stores a scale of its own, in `stored`, that can be moved.
+        stored: type of scales and offsets.
         encodes: whether `encode` and `assemble` make blocks of it; llama.cpp's quantizer makes the others.
     """
 
@@ -52,6 +54,8 @@ class Codec:
     block_weights: int = GROUP
     encodes: bool = True
     coarse: bool = False
+    scalable: bool = True
+    stored: torch.dtype = torch.float16
 
     @property
     def codes_at(self) -> int:
@@ -105,12 +109,17 @@ class Codec:
         return torch.cat(parts, dim=-1)
 
     def move_offset(self, stored: Tensor, update: Tensor) -> Tensor:
-        """Offsets [O, G] as the file can store them: stored + update, rounded to float16.
+        """Offsets [O, G] as the file can store them: stored + update, rounded.
 
         Where the update is zero the result is the stored number itself, bit for bit. The gradient passes to the
         update straight through the rounding.
         """
-        moved: Tensor = _MoveRounded.apply(stored, update)  # type: ignore[assignment]
+        moved: Tensor = _MoveRounded.apply(stored, update, self.stored)  # type: ignore[assignment]
+        return moved
+
+    def move_scale(self, stored: Tensor, update: Tensor) -> Tensor:
+        """Scales [O, G] as the file can store them: stored (1 + update), rounded; otherwise as `move_offset`."""
+        moved: Tensor = _MoveRounded.apply(stored, stored * update, self.stored)  # type: ignore[assignment]
         return moved
 
     def with_offset(self, blocks: Tensor, offset: Tensor) -> Tensor:
@@ -121,9 +130,31 @@ class Codec:
         blocks[..., 2:4] = write_half(offset)
         return blocks
 
-    def decode(self, blocks: Tensor, dtype: torch.dtype = torch.float32, offset: Tensor | None = None) -> Tensor:
-        """Dense [O, 32 G] in `dtype`; computed in float32 and rounded once. A kernel does it where one exists."""
-        scale = self.scale(blocks)
+    def with_scale(self, blocks: Tensor, scale: Tensor) -> Tensor:
+        """A copy of the blocks in which only the scales are other: float32 [O, G], already rounded."""
+        if not self.scalable:
+            raise ValueError(f"{self.name} has no scale for each group alone")
+        blocks = blocks.clone()
+        blocks[..., : self.stored.itemsize] = scale.to(self.stored).unsqueeze(-1).view(torch.uint8)
+        return blocks
+
+    def levels(self, blocks: Tensor) -> Tensor:
+        """What a scale multiplies, code - zero, float32 [O, G, group]."""
+        return self.codes(blocks).float() - self.zero
+
+    def decode(
+        self,
+        blocks: Tensor,
+        dtype: torch.dtype = torch.float32,
+        offset: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """Dense [O, group G] in `dtype`; computed in float32 and rounded once. A kernel does it where one exists.
+
+        Args:
+            offset, scale: float32 [O, G], in place of the stored ones.
+        """
+        scale = self.scale(blocks) if scale is None else scale
         offset = self.offset(blocks) if offset is None else offset
         if kernels.usable(blocks, dtype):
             return kernels.decode(self.name, blocks, scale, offset, dtype)
@@ -131,8 +162,7 @@ class Codec:
 
     def decode_reference(self, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
         """What `decode` computes, in torch operations."""
-        codes = self.codes(blocks).float() - self.zero
-        return (codes * scale[..., None] + offset[..., None]).flatten(1).to(dtype)
+        return (self.levels(blocks) * scale[..., None] + offset[..., None]).flatten(1).to(dtype)
 
     def encode(self, weight: Tensor) -> Tensor:
         """Blocks of the dense matrix [O, 32 G], by ggml's reference quantizer (quantize_row_*_ref)."""
@@ -157,12 +187,12 @@ class Codec:
 
 class _MoveRounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, stored: Tensor, update: Tensor) -> Tensor:  # noqa: ARG004
-        return torch.where(update == 0, stored, (stored + update).half().float())
+    def forward(ctx: Any, stored: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG004
+        return torch.where(update == 0, stored, (stored + update).to(dtype).float())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:  # noqa: ARG004
-        return None, grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:  # noqa: ARG004
+        return None, grads[0], None
 
 
 def read_half(blocks: Tensor, at: int) -> Tensor:

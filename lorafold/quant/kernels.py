@@ -25,7 +25,7 @@ def decode(name: str, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torc
     """Dense [O, I] of blocks uint8 [O, B, bytes] of the format `name`, with scale and offset float32 [O, G]."""
     exact, rounded, weights, *arguments = _KERNELS[name] if name in _KERNELS else _mlx_kernels(name)
     out = torch.empty(blocks.shape[0], blocks.shape[1] * weights, dtype=dtype)
-    raw, s, o = blocks.numpy(), scale.contiguous().numpy(), offset.detach().contiguous().numpy()
+    raw, s, o = blocks.numpy(), scale.detach().contiguous().numpy(), offset.detach().contiguous().numpy()
     threads = torch.get_num_threads()
     set_num_threads(min(threads, _MOST_THREADS))
     if dtype == torch.bfloat16:

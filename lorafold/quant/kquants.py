@@ -36,6 +36,7 @@ class KCodec(Codec):
     block_weights: int = BLOCK
     encodes: bool = False
     coarse: bool = True
+    scalable: bool = False
     d_at: int = 0
     dmin_at: int | None = None
     most: int = 63

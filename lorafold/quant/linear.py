@@ -3,7 +3,9 @@
 Forward:   Y = X W^T,  W = decode(blocks, offset)
 Backward:  dX = dY W (decoded a second time), and for affine formats with a trained offset
            dOffset = dY^T pooled(X),  pooled(X)[t, g] = sum of X[t, j] over j in group g,
-so of the input only the pooled sums are kept, 1/32 of it, and no dense weight survives a layer.
+so of the input only the pooled sums are kept, 1/32 of it, and no dense weight survives a layer. A trained scale needs
+           dScale[o, g] = sum over j in g of dW[o, j] (code[o, j] - zero),  dW = dY^T X,
+the whole input and a third matrix product.
 """
 
 # T tokens (all leading dimensions flattened), I input features, O output features, G groups in a row
@@ -20,28 +22,48 @@ from torch.nn import functional as F
 
 from lorafold.quant.weight import QuantizedWeight
 
+_GRADIENT_ENTRIES = 1 << 22  # weights whose dense gradient is held at once
 MOST_KEPT = 1 << 29  # weights that `decoded_once` keeps: 1 GiB in bfloat16
 
 
 class _PackedMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, offset: Tensor | None, weight: QuantizedWeight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, offset: Tensor | None, scale: Tensor | None, weight: QuantizedWeight) -> Tensor:
         ctx.weight = weight
-        pooled = None
-        if offset is not None and offset.requires_grad:
-            pooled = x.unflatten(-1, (-1, weight.format.group_size)).sum(-1)
-        ctx.save_for_backward(offset, pooled)
-        return F.linear(x, weight.decode(x.dtype, offset))
+        kept = None
+        if scale is not None and scale.requires_grad:
+            kept = x
+        elif offset is not None and offset.requires_grad:
+            kept = x.unflatten(-1, (-1, weight.format.group_size)).sum(-1)
+        ctx.save_for_backward(offset, scale, kept)
+        return F.linear(x, weight.decode(x.dtype, offset, scale))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (dy,) = grads
-        offset, pooled = ctx.saved_tensors
-        dx = dy @ ctx.weight.decode(dy.dtype, offset) if ctx.needs_input_grad[0] else None
-        d_offset = None
-        if ctx.needs_input_grad[1]:
-            d_offset = (dy.reshape(-1, dy.shape[-1]).T @ pooled.reshape(-1, pooled.shape[-1])).float()
-        return dx, d_offset, None
+        offset, scale, kept = ctx.saved_tensors
+        dx = dy @ ctx.weight.decode(dy.dtype, offset, scale) if ctx.needs_input_grad[0] else None
+        d_offset = d_scale = None
+        rows = dy.reshape(-1, dy.shape[-1])
+        if ctx.needs_input_grad[2]:
+            d_offset, d_scale = _group_gradients(rows, kept.reshape(-1, kept.shape[-1]), ctx.weight)
+        elif ctx.needs_input_grad[1]:
+            d_offset = (rows.T @ kept.reshape(-1, kept.shape[-1])).float()
+        return dx, d_offset if ctx.needs_input_grad[1] else None, d_scale, None
+
+
+def _group_gradients(dy: Tensor, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """dOffset and dScale [O, G] from dY [T, O] and X [T, I], some output rows at a time."""
+    codec, (out, width) = weight.format, weight.shape
+    step = max(1, _GRADIENT_ENTRIES // width)
+    d_offset = dy.new_empty(out, width // codec.group_size, dtype=torch.float32)
+    d_scale = torch.empty_like(d_offset)
+    for at in range(0, out, step):
+        rows = slice(at, at + step)
+        dense = (dy[:, rows].T @ x).float().unflatten(1, (-1, codec.group_size))
+        d_offset[rows] = dense.sum(-1)
+        d_scale[rows] = (dense * codec.levels(weight.blocks[rows])).sum(-1)
+    return d_offset, d_scale
 
 
 class _Packed(nn.Module):
@@ -86,14 +108,14 @@ class QuantLinear(_Packed):
         """Columns of the weight."""
         return self.shape[1]
 
-    def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
-        """Y [..., out] for X [..., in]; `offset` [out, groups] stands in for the stored offsets."""
+    def forward(self, x: Tensor, offset: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """Y [..., out] for X [..., in]; `offset` and `scale` [out, groups] stand in for the stored ones."""
         if self._keep_dense:
             if self._dense is None:
-                self._dense = self.packed.decode(x.dtype, offset)
+                self._dense = self.packed.decode(x.dtype, offset, scale)
             y = F.linear(x, self._dense)
         else:
-            y = _PackedMatmul.apply(x, offset, self.packed)  # type: ignore[assignment]
+            y = _PackedMatmul.apply(x, offset, scale, self.packed)  # type: ignore[assignment]
         bias = self.bias
         return y if bias is None else y + bias.to(y.dtype)
 

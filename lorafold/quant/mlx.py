@@ -13,7 +13,6 @@ once; MLX itself computes in the model's type, so its own dequantized weights di
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +28,7 @@ STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 class MLXCodec(Codec):
     """One combination of bits, group size and type of the parameters.
 
-    Attributes:
-        stored: type of scales and biases.
+    In bfloat16 an update of an offset below 2^-9 of it vanishes; training sees that.
     """
 
     encodes: bool = False
@@ -65,14 +63,6 @@ class MLXCodec(Codec):
         packed = ((words >> place) & 255).flatten(-2).to(torch.uint8)
         return torch.cat([self._write(scale), self._write(offset), packed], dim=-1)
 
-    def move_offset(self, stored: Tensor, update: Tensor) -> Tensor:
-        """Biases [O, G] as the file can store them: stored + update, rounded; the stored number where update is 0.
-
-        The gradient passes straight through the rounding. In bfloat16 an update below 2^-9 of its bias vanishes.
-        """
-        moved: Tensor = _MoveRounded.apply(stored, update, self.stored)  # type: ignore[assignment]
-        return moved
-
     def with_offset(self, blocks: Tensor, offset: Tensor) -> Tensor:
         """A copy of the blocks in which only the biases are other: float32 [O, G], already rounded."""
         blocks = blocks.clone()
@@ -84,16 +74,6 @@ class MLXCodec(Codec):
 
     def _write(self, values: Tensor) -> Tensor:
         return values.to(self.stored).unsqueeze(-1).view(torch.uint8)
-
-
-class _MoveRounded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, stored: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG004
-        return torch.where(update == 0, stored, (stored + update).to(dtype).float())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:  # noqa: ARG004
-        return None, grads[0], None
 
 
 def mlx_codec(bits: int, group: int, stored: str) -> str:

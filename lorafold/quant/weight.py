@@ -35,9 +35,11 @@ class QuantizedWeight:
         """Bytes of the packed matrix."""
         return self.blocks.numel()
 
-    def decode(self, dtype: torch.dtype = torch.float32, offset: Tensor | None = None) -> Tensor:
-        """Dense [out, in] in `dtype`; `offset` [out, groups] replaces the stored offsets (affine codecs)."""
-        return self.format.decode(self.blocks, dtype, offset)
+    def decode(
+        self, dtype: torch.dtype = torch.float32, offset: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """Dense [out, in] in `dtype`; `offset` and `scale` [out, groups] replace the stored ones."""
+        return self.format.decode(self.blocks, dtype, offset, scale)
 
     def rows(self, index: Tensor) -> QuantizedWeight:
         """The matrix with rows taken in the order of `index` [n]; groups run along a row, so they stay whole."""

@@ -60,8 +60,9 @@ class _PlainBar:
         now = time.monotonic()
         if now - self.shown >= _PLAIN_SECONDS or (self.done >= self.total and note):
             self.shown = now
-            left = (now - self.began) / self.done * (self.total - self.done)
-            self.say(f"{self.label}: {self.done}/{self.total}, {left:.0f} s left{', ' + note if note else ''}")
+            left = (now - self.began) / self.done * max(0, self.total - self.done)
+            done = min(self.done, self.total)
+            self.say(f"{self.label}: {done}/{self.total}, {left:.0f} s left{', ' + note if note else ''}")
 
 
 def training_note(loss: float, tokens_per_second: float) -> str:

@@ -32,7 +32,7 @@ from lorafold.runs.fold import load_trained
 from lorafold.runs.folder import Run
 
 RUNTIME_TOKENS = 2000  # predictions compared in llama.cpp
-PROMOTION_STEPS = 0.02  # of a step: K-quant parameters in float16; scale and offset err by 2^-11 of up to 15 steps each
+PROMOTION_STEPS = 0.025  # of a step: in float16 a K-quant's scale errs by 2^-11 of 15.5 steps, its offset of 31
 _FILE_TYPE = "general.file_type"
 
 
@@ -62,7 +62,7 @@ def verify_file(path: Path, run: Run) -> list[Check]:
     if (trained.gguf is None and trained.mlx is None) or run.config.adapter.method != "qa-lora":
         raise ConfigError("verify proves exact folds, which a qa-lora run on a GGUF or MLX base has; this run has none")
     if trained.gguf is None:
-        return _verify_mlx(path, trained)
+        return _verify_mlx(path, trained, run.config.adapter.adapt)
     base, file = trained.gguf, GGUFFile(path)
     folded = {trained.bindings[f.name].tensor: f for f in fold(trained.model, least_kept=None)}
     return [
@@ -74,7 +74,7 @@ def verify_file(path: Path, run: Run) -> list[Check]:
     ]
 
 
-def _verify_mlx(path: Path, trained: LoadedModel) -> list[Check]:
+def _verify_mlx(path: Path, trained: LoadedModel, adapt: str) -> list[Check]:
     base = trained.mlx
     assert base is not None
     if not is_mlx(path):
@@ -87,7 +87,8 @@ def _verify_mlx(path: Path, trained: LoadedModel) -> list[Check]:
     checks = [Check("same tensors, types and shapes", layout, f"{len(ours)} tensors, {len(base.quantized)} quantized")]
     if not layout:
         return checks
-    folded = {f"{path}.biases" for path, _ in adapted_layers(trained.model)}
+    moved = {"offset": ("biases",), "scale": ("scales",), "both": ("biases", "scales")}[adapt]
+    folded = {f"{path}.{part}" for path, _ in adapted_layers(trained.model) for part in moved}
     same = [name for name in ours if name not in folded and _sha(base.raw(name)) == _sha(file.raw(name))]
     changed = len(ours) - len(folded) - len(same)
     others = {p.name for p in base.path.iterdir() if p.is_file() and p.suffix != ".safetensors"}
@@ -124,7 +125,8 @@ def _trained_weights(trained: LoadedModel, file: Path) -> Check:
         if not isinstance(other, QuantLinear) or other.shape != layer.base.shape:
             return Check("decoded file = training weights", False, f"{path} has another format in the file")
         for dtype in (torch.float32, torch.bfloat16):
-            ours, theirs = layer.base.packed.decode(dtype, layer.offset()), other.packed.decode(dtype)
+            ours = layer.base.packed.decode(dtype, layer.offset(), layer.scale())
+            theirs = other.packed.decode(dtype)
             worst = max(worst, float((ours.float() - theirs.float()).abs().nan_to_num(nan=torch.inf).max()))
         count += ours.numel()
     return Check("decoded file = training weights", worst == 0, f"largest difference {worst:g} over {count:,} weights")
@@ -147,9 +149,12 @@ def _zero_fold_apart(trained: LoadedModel, path: str, layer: AdaptedLinear) -> f
     assert isinstance(layer.base, QuantLinear)
     packed = layer.base.packed
     codec = packed.format
-    stored = codec.offset(packed.blocks)
-    nothing = codec.move_offset(stored, torch.zeros_like(stored))
-    unchanged = type(packed)(packed.codec, packed.shape, codec.with_offset(packed.blocks, nothing))
+    blocks, nothing = packed.blocks, torch.zeros_like(codec.scale(packed.blocks))
+    if codec.affine:
+        blocks = codec.with_offset(blocks, codec.move_offset(codec.offset(blocks), nothing))
+    if codec.scalable:
+        blocks = codec.with_scale(blocks, codec.move_scale(codec.scale(blocks), nothing))
+    unchanged = type(packed)(packed.codec, packed.shape, blocks)
     if trained.mlx is not None:
         return 0.0 if torch.equal(unchanged.blocks, trained.mlx.packed(path).blocks) else None
     assert trained.gguf is not None
@@ -247,7 +252,7 @@ def verify_runtime(
         jobs: list[tuple[str, Path, Path | None, str | None]] = [("null run", trained.path, None, None)]
         if path is not None:
             jobs.append(("folded file", path, None, "default"))
-        if adapter:
+        if adapter and run.config.adapter.adapt == "offset":
             export(trained, exported)
             jobs.append(("adapter", trained.path, exported, "default"))
         found: dict[str, Agreement] = {}

@@ -20,6 +20,7 @@ from lorafold.data.tokens import Tokens
 from lorafold.errors import TrainingError
 from lorafold.evals.loss import ALIGN, pack_loss
 from lorafold.models.load import LoadedModel
+from lorafold.train.memory import release_free_memory
 from lorafold.train.schedule import learning_rate_at
 
 
@@ -127,6 +128,7 @@ def _one_step(
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    release_free_memory()
     tokens = sum(len(row.ids) for row in batch)
     return Step(step, total_loss / supervised, rate, norm, len(batch), tokens, supervised, time.perf_counter() - began)
 

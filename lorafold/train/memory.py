@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def resident_bytes() -> int:
@@ -18,6 +21,16 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:  # no /proc: not Linux
         return peak_bytes()
+
+
+def release_free_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc: about 0.05 s).
+
+    After a step half of the heap is free, in pieces that the next step, whose rows have other lengths, fits into badly:
+    without this the peak of a run grows by a third in fifty steps.
+    """
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 def restart_peak() -> None:

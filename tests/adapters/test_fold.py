@@ -93,7 +93,7 @@ def test_update_that_float16_swallows_is_refused(adapted: Adapted) -> None:
     with pytest.raises(FoldError) as caught:
         fold(loaded.model)
     for i in range(3):
-        assert f"model.layers.{i}.self_attn.q_proj: the offsets of Q4_1 keep only" in str(caught.value)
+        assert f"model.layers.{i}.self_attn.q_proj: Q4_1 keeps only" in str(caught.value)
     assert "train longer" in str(caught.value)
 
 
@@ -123,7 +123,9 @@ def test_offset_beyond_float16_is_refused(adapted: Adapted, value: float) -> Non
     layers = dict(adapted_layers(loaded.model))
     with torch.no_grad():
         layers["model.layers.1.self_attn.k_proj"].adapter.offset_delta[3, 1] = value
-    with pytest.raises(FoldError, match=r"model\.layers\.1\.self_attn\.k_proj: an offset is beyond float16") as caught:
+    with pytest.raises(
+        FoldError, match=r"model\.layers\.1\.self_attn\.k_proj: an offset or scale is beyond float16"
+    ) as caught:
         fold(loaded.model)
     assert str(caught.value).count("model.layers") == 1
     assert "train longer" not in str(caught.value)

@@ -102,16 +102,18 @@ NULL = Agreement(1000, mean_kl=1e-3, top1=0.97, loss_torch=2.0, loss_runtime=2.0
 @pytest.mark.parametrize(
     ("found", "broken"),
     [
-        (Agreement(1000, 1.49e-3, 0.961, 1.5, 1.5049), []),
-        (Agreement(1000, 1.49e-3, 0.961, 1.5049, 1.5), []),
+        (Agreement(1000, 1.49e-3, 0.946, 1.5, 1.5049), []),
+        (Agreement(1000, 1.49e-3, 0.946, 1.5049, 1.5), []),
         (Agreement(1000, 1.51e-3, 0.97, 1.5, 1.5), ["mean KL 1.51e-03 is over 1.5 times"]),
-        (Agreement(1000, 0.0, 0.90, 1.5, 1.5), ["top-1 agreement 90.00%"]),
+        (Agreement(1000, 0.0, 0.944, 1.5, 1.5), ["top-1 agreement 94.40% is over 2.5 points"]),
+        (Agreement(10**6, 0.0, 0.9595, 1.5, 1.5), ["top-1 agreement 95.95% is over 1.0 points"]),
         (Agreement(1000, 0.0, 1.0, 1.5, 1.4949), ["the losses are 0.0051 apart"]),
         (Agreement(1000, 1.0, 0.5, 2.0, 1.0), ["mean KL", "top-1", "the losses"]),
     ],
 )
 def test_bounds_relative_to_the_null_run(found: Agreement, broken: list[str]) -> None:
-    """KL to 1.5 times, top-1 to a point lower, losses to 0.002 further apart."""
+    """KL to 1.5 times; top-1 to a point lower and two standard errors of sqrt(2 x 0.97 x 0.03 / T); losses to 0.002
+    further apart."""
     said = found.as_close_as(NULL)
     assert len(said) == len(broken)
     for text, expected in zip(said, broken, strict=True):
