@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from lorafold.adapters.group import GroupAdapter
@@ -37,6 +39,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+        self._once: tuple[Tensor | None, Tensor | None] | None = None  # see `group_parameters_once`
 
     @property
     def adapter(self) -> Adapter | None:
@@ -65,7 +68,7 @@ class AdaptedLinear(nn.Module):
         """Y [..., out] of X [..., in]."""
         adapter = self.adapter
         if isinstance(adapter, GroupAdapter):
-            return self.base(x, self.offset(), self.scale())
+            return self.base(x, *(self._once or (self.offset(), self.scale())))
         y = self.base(x)
         return y if adapter is None else y + adapter(x)
 
@@ -121,6 +124,33 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             yield name, module
+
+
+@contextlib.contextmanager
+def group_parameters_once(model: nn.Module) -> Iterator[None]:
+    """Inside, offsets and scales of adapted layers are computed once and serve every forward pass.
+
+    Their gradients are summed over the backward passes inside and handed on to the adapters at the end: for a step of
+    several micro-batches, between which the adapters do not change.
+    """
+    computed: list[tuple[Tensor, Tensor]] = []
+    layers = [layer for _, layer in adapted_layers(model) if isinstance(layer.adapter, GroupAdapter)]
+    for layer in layers:
+        pair = []
+        for value in (layer.offset(), layer.scale()):
+            leaf = None if value is None else value.detach().requires_grad_(value.requires_grad)
+            pair.append(leaf)
+            if value is not None and leaf is not None:
+                computed.append((value, leaf))
+        layer._once = (pair[0], pair[1])
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._once = None
+    moved = [(value, leaf.grad) for value, leaf in computed if leaf.grad is not None]
+    if moved:
+        torch.autograd.backward([value for value, _ in moved], [grad for _, grad in moved])
 
 
 def find_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:

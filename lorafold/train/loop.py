@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lorafold.adapters.inject import group_parameters_once
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens
 from lorafold.errors import TrainingError
 from lorafold.evals.loss import ALIGN, pack_loss
 from lorafold.models.load import LoadedModel
-from lorafold.train.memory import release_free_memory
+from lorafold.train.memory import HeapTrimmer
 from lorafold.train.schedule import learning_rate_at
 
 
@@ -86,11 +87,12 @@ def train_steps(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingCon
     total = total_steps(len(rows), config)
     batches = epoch_batches(len(rows), config)
     loaded.model.train()
+    heap = HeapTrimmer()
     try:
         for step in range(total):
             batch = [rows[i] for i in next(batches)]
             rate = learning_rate_at(step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
-            yield _one_step(loaded, batch, optimizer, parameters, config, step + 1, rate)
+            yield _one_step(loaded, batch, optimizer, parameters, config, step + 1, rate, heap)
             loaded.model.train()  # whoever evaluated in between switched to evaluation mode
     finally:
         loaded.model.eval()
@@ -106,18 +108,20 @@ def _one_step(
     config: TrainingConfig,
     step: int,
     rate: float,
+    heap: HeapTrimmer,
 ) -> Step:
     began = time.perf_counter()
     supervised = sum(sum(row.supervised) for row in batch)
     total_loss = 0.0
-    for group in micro_batches(batch, config.micro_batch_tokens):
-        loss = pack_loss(loaded, pack(group, ALIGN).to(loaded.device))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            optimizer.zero_grad(set_to_none=True)
-            raise TrainingError(f"the loss is {value} at step {step}, {_culprits(loaded, group)}")
-        (loss / supervised).backward()
-        total_loss += value
+    with group_parameters_once(loaded.model):
+        for group in micro_batches(batch, config.micro_batch_tokens):
+            loss = pack_loss(loaded, pack(group, ALIGN).to(loaded.device))
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                optimizer.zero_grad(set_to_none=True)
+                raise TrainingError(f"the loss is {value} at step {step}, {_culprits(loaded, group)}")
+            (loss / supervised).backward()
+            total_loss += value
     limit = config.max_grad_norm or math.inf
     norm = float(nn.utils.clip_grad_norm_(parameters, limit))
     if not math.isfinite(norm):
@@ -128,7 +132,7 @@ def _one_step(
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    release_free_memory()
+    heap.after_step()
     tokens = sum(len(row.ids) for row in batch)
     return Step(step, total_loss / supervised, rate, norm, len(batch), tokens, supervised, time.perf_counter() - began)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from lorafold.adapters.fold import fold, merged_weight, requantize
-from lorafold.adapters.inject import adapted_layers, inject
+from lorafold.adapters.inject import adapted_layers, adapter_state, group_parameters_once, inject
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, ConfigError, FoldError
 from lorafold.models.exports import lora_pairs
@@ -18,7 +19,7 @@ from lorafold.quant.codecs import GGUF_CODECS
 from lorafold.quant.linear import QuantLinear
 from lorafold.quant.weight import QuantizedWeight, encode
 from tests.practice import lora_like
-from tests.tiny import tiny_gguf
+from tests.tiny import tiny_gguf, tiny_ids
 
 SCALABLE = [name for name, codec in GGUF_CODECS.items() if codec.scalable and codec.encodes]
 adapts = pytest.mark.parametrize("adapt", ["scale", "both"])
@@ -164,3 +165,18 @@ def test_with_scale_refuses_a_format_without_one() -> None:
     weight = QuantizedWeight("Q6_K", (1, 256), torch.zeros(1, 1, 210, dtype=torch.uint8))
     with pytest.raises(ValueError, match="Q6_K"):
         weight.format.with_scale(weight.blocks, torch.zeros(1, 16))
+
+
+@pytest.mark.parametrize("adapt", ["offset", "scale", "both"])
+def test_parameters_computed_once_give_the_same_gradients(adapted: Callable[..., LoadedModel], adapt: str) -> None:
+    """Two backward passes: gradients as if each had computed the offsets and scales anew, and nothing is left behind."""
+    grads = []
+    for once in (contextlib.nullcontext, group_parameters_once):
+        model = adapted(adapt).model
+        with once(model):
+            for seed in (1, 2):
+                model(tiny_ids(9, seed=seed)).logits.square().mean().backward()
+        grads.append({key: value.grad for key, value in adapter_state(model).items()})
+        assert all(layer._once is None for _, layer in adapted_layers(model))
+    for key, expected in grads[0].items():
+        torch.testing.assert_close(grads[1][key], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
