@@ -78,7 +78,7 @@ def demo_config(folder: Path) -> RunConfig:
             data=demo_file("train"), eval_data=demo_file("held_out"), prompt=DEMO_PROMPT, completion=DEMO_COMPLETION
         ),
         adapter=AdapterSpec(method="qa-lora", r=16),
-        training=TrainingConfig(num_train_epochs=2, sample_rows=1),
+        training=TrainingConfig(num_train_epochs=1.5, sample_rows=1),
     )
 
 
@@ -118,7 +118,7 @@ def _ask(base: Path, tuned: Path, run: Run, display: Display) -> list[dict[str, 
 def _control(folder: Path, display: Display) -> tuple[Run, Gain]:
     config = demo_config(folder / "lora")
     spec = AdapterSpec(method="lora", r=8)
-    training = replace(config.training, num_train_epochs=0.7, sample_rows=0)  # enough to show it
+    training = replace(config.training, num_train_epochs=0.5, sample_rows=0)  # enough to show it
     run = start(replace(config, adapter=spec, training=training), display)
     path = folder / "lora-requantized.gguf"
     display.say(fold_run(run, path, lossy=True).describe())

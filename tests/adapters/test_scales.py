@@ -169,7 +169,7 @@ def test_with_scale_refuses_a_format_without_one() -> None:
 
 @pytest.mark.parametrize("adapt", ["offset", "scale", "both"])
 def test_parameters_computed_once_give_the_same_gradients(adapted: Callable[..., LoadedModel], adapt: str) -> None:
-    """Two backward passes: gradients as if each had computed the offsets and scales anew, and nothing is left behind."""
+    """Two backward passes: the gradients are as if each had computed offsets and scales anew; nothing stays."""
     grads = []
     for once in (contextlib.nullcontext, group_parameters_once):
         model = adapted(adapt).model
