@@ -34,6 +34,8 @@ class HeapTrimmer:
 
     def __init__(self) -> None:
         self._first: int | None = None
+        if _TRIM is not None:
+            _TRIM(0)  # what was done before leaves pieces too
 
     def after_step(self) -> None:
         """Trim if it is time."""
