@@ -8,7 +8,6 @@ Gaussian too, with a standard deviation of some part of a quantization step. Wha
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from lorafold.quant.codecs import CODECS
@@ -50,7 +49,7 @@ def main() -> None:
             update = share * codec.scale(packed.blocks).abs() * torch.randn(stored.shape)
             lost = codec.move_offset(stored, update) - stored - update
             cells.append(f"{float(lost.norm() / update.norm()):.1%}")
-        print(f"| {name} ({packed.nbytes * 8 / np.prod(packed.shape):.2f} bits) | " + " | ".join(cells) + " |")
+        print(f"| {name} ({codec.bits_per_weight:.2f} bits) | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

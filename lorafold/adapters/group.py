@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-FULL = "full"
+from lorafold.config import FULL
 
 
 class GroupAdapter(nn.Module):

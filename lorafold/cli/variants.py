@@ -14,8 +14,7 @@ from lorafold.evals.llama_cpp import LlamaCpp
 from lorafold.models.adapter_files import load_adapter
 from lorafold.models.exports import export_gguf_adapter
 from lorafold.models.load import LoadedModel, compute_dtype, load, load_tokenizer_only, resolve
-
-ADAPTER = "adapter"
+from lorafold.runs.folder import ADAPTER
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import torch
 from numba import config, njit, prange, set_num_threads
 from torch import Tensor
 
+# kvalues_iq4nl of ggml-common.h
+IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _MOST_THREADS: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
@@ -201,99 +203,37 @@ def _iq4nl_bfloat16(raw, scale, offset, values, out):
             _round(bits, out[r, g * 32 : g * 32 + 32])
 
 
+@njit(inline="always")
+def _block_k(bits, raw, s, o, w):
+    if bits == 2:
+        _block2k(raw, s, o, w)
+    elif bits == 3:
+        _block3k(raw, s, o, w)
+    elif bits == 4:
+        _block4k(raw, s, o, w)
+    elif bits == 5:
+        _block5k(raw, s, o, w)
+    else:
+        _block6k(raw, s, o, w)
+
+
 @njit(parallel=True, cache=True)
-def _q2k_float32(raw, scale, offset, out):
+def _k_float32(raw, scale, offset, bits, n, out):
     for r in prange(raw.shape[0]):
         for b in range(raw.shape[1]):
-            g = slice(16 * b, 16 * b + 16)
-            _block2k(raw[r, b], scale[r, g], offset[r, g], out[r, 256 * b : 256 * b + 256])
+            g = slice(n * b, n * b + n)
+            _block_k(bits, raw[r, b], scale[r, g], offset[r, g], out[r, 256 * b : 256 * b + 256])
 
 
 @njit(parallel=True, cache=True)
-def _q2k_bfloat16(raw, scale, offset, out):
-    for r in prange(raw.shape[0]):
-        w = np.empty(256, np.float32)
-        bits = w.view(np.uint32)
-        for b in range(raw.shape[1]):
-            g = slice(16 * b, 16 * b + 16)
-            _block2k(raw[r, b], scale[r, g], offset[r, g], w)
-            _round(bits, out[r, 256 * b : 256 * b + 256])
-
-
-@njit(parallel=True, cache=True)
-def _q3k_float32(raw, scale, offset, out):
-    for r in prange(raw.shape[0]):
-        for b in range(raw.shape[1]):
-            g = slice(16 * b, 16 * b + 16)
-            _block3k(raw[r, b], scale[r, g], offset[r, g], out[r, 256 * b : 256 * b + 256])
-
-
-@njit(parallel=True, cache=True)
-def _q3k_bfloat16(raw, scale, offset, out):
+def _k_bfloat16(raw, scale, offset, bits, n, out):
     for r in prange(raw.shape[0]):
         w = np.empty(256, np.float32)
-        bits = w.view(np.uint32)
+        u = w.view(np.uint32)
         for b in range(raw.shape[1]):
-            g = slice(16 * b, 16 * b + 16)
-            _block3k(raw[r, b], scale[r, g], offset[r, g], w)
-            _round(bits, out[r, 256 * b : 256 * b + 256])
-
-
-@njit(parallel=True, cache=True)
-def _q4k_float32(raw, scale, offset, out):
-    for r in prange(raw.shape[0]):
-        for b in range(raw.shape[1]):
-            g = slice(8 * b, 8 * b + 8)
-            _block4k(raw[r, b], scale[r, g], offset[r, g], out[r, 256 * b : 256 * b + 256])
-
-
-@njit(parallel=True, cache=True)
-def _q4k_bfloat16(raw, scale, offset, out):
-    for r in prange(raw.shape[0]):
-        w = np.empty(256, np.float32)
-        bits = w.view(np.uint32)
-        for b in range(raw.shape[1]):
-            g = slice(8 * b, 8 * b + 8)
-            _block4k(raw[r, b], scale[r, g], offset[r, g], w)
-            _round(bits, out[r, 256 * b : 256 * b + 256])
-
-
-@njit(parallel=True, cache=True)
-def _q5k_float32(raw, scale, offset, out):
-    for r in prange(raw.shape[0]):
-        for b in range(raw.shape[1]):
-            g = slice(8 * b, 8 * b + 8)
-            _block5k(raw[r, b], scale[r, g], offset[r, g], out[r, 256 * b : 256 * b + 256])
-
-
-@njit(parallel=True, cache=True)
-def _q5k_bfloat16(raw, scale, offset, out):
-    for r in prange(raw.shape[0]):
-        w = np.empty(256, np.float32)
-        bits = w.view(np.uint32)
-        for b in range(raw.shape[1]):
-            g = slice(8 * b, 8 * b + 8)
-            _block5k(raw[r, b], scale[r, g], offset[r, g], w)
-            _round(bits, out[r, 256 * b : 256 * b + 256])
-
-
-@njit(parallel=True, cache=True)
-def _q6k_float32(raw, scale, offset, out):
-    for r in prange(raw.shape[0]):
-        for b in range(raw.shape[1]):
-            g = slice(16 * b, 16 * b + 16)
-            _block6k(raw[r, b], scale[r, g], offset[r, g], out[r, 256 * b : 256 * b + 256])
-
-
-@njit(parallel=True, cache=True)
-def _q6k_bfloat16(raw, scale, offset, out):
-    for r in prange(raw.shape[0]):
-        w = np.empty(256, np.float32)
-        bits = w.view(np.uint32)
-        for b in range(raw.shape[1]):
-            g = slice(16 * b, 16 * b + 16)
-            _block6k(raw[r, b], scale[r, g], offset[r, g], w)
-            _round(bits, out[r, 256 * b : 256 * b + 256])
+            g = slice(n * b, n * b + n)
+            _block_k(bits, raw[r, b], scale[r, g], offset[r, g], w)
+            _round(u, out[r, 256 * b : 256 * b + 256])
 
 
 @njit(inline="always")
@@ -358,18 +298,16 @@ def _mlx_kernels(name: str) -> tuple:
     return _mlx_float32, _mlx_bfloat16, n, at, n, int(bits)
 
 
-# kvalues_iq4nl of ggml-common.h
-_IQ4_NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 _KERNELS = {  # format -> kernels for float32 and bfloat16, weights of a block, and what else they take
     "Q4_0": (_q4_float32, _q4_bfloat16, 32, 8, 2),  # the code of zero, and the byte at which codes begin
     "Q4_1": (_q4_float32, _q4_bfloat16, 32, 0, 4),
     "Q5_0": (_q5_float32, _q5_bfloat16, 32, 16, 2),
     "Q5_1": (_q5_float32, _q5_bfloat16, 32, 0, 4),
     "Q8_0": (_q8_float32, _q8_bfloat16, 32, 0, 2),
-    "IQ4_NL": (_iq4nl_float32, _iq4nl_bfloat16, 32, _IQ4_NL),
-    "Q2_K": (_q2k_float32, _q2k_bfloat16, 256),
-    "Q3_K": (_q3k_float32, _q3k_bfloat16, 256),
-    "Q4_K": (_q4k_float32, _q4k_bfloat16, 256),
-    "Q5_K": (_q5k_float32, _q5k_bfloat16, 256),
-    "Q6_K": (_q6k_float32, _q6k_bfloat16, 256),
+    "IQ4_NL": (_iq4nl_float32, _iq4nl_bfloat16, 32, np.array(IQ4_NL_VALUES, np.float32)),
+    "Q2_K": (_k_float32, _k_bfloat16, 256, 2, 16),  # bits of a code, and groups of a block
+    "Q3_K": (_k_float32, _k_bfloat16, 256, 3, 16),
+    "Q4_K": (_k_float32, _k_bfloat16, 256, 4, 8),
+    "Q5_K": (_k_float32, _k_bfloat16, 256, 5, 8),
+    "Q6_K": (_k_float32, _k_bfloat16, 256, 6, 16),
 }

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from lorafold.quant.ggml import Codec, read_half, write_half
+from lorafold.quant.kernels import IQ4_NL_VALUES
 
 BLOCK = 256
-IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 @dataclass(frozen=True)

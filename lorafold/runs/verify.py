@@ -206,7 +206,7 @@ class RuntimeProof:
 
     runtime: str
     null: Agreement
-    folded: Agreement | None
+    folded: Agreement
     adapter: Agreement | None
 
     def checks(self) -> list[Check]:
@@ -229,17 +229,16 @@ def _figures(a: Agreement) -> str:
 
 
 def verify_runtime(
-    path: Path | None,
+    path: Path,
     run: Run,
     rows: Sequence[Tokens],
     display: Display,
     tokens: int = RUNTIME_TOKENS,
-    adapter: bool = True,
 ) -> RuntimeProof:
     """Compare in llama.cpp or MLX: base with base file, trained model with folded file and with the exported adapter.
 
     Args:
-        path: the folded file; None compares the adapter only.
+        path: the folded file.
         rows: held-out rows, of which the first `tokens` predictions are used.
 
     Raises:
@@ -250,9 +249,8 @@ def verify_runtime(
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "adapter"
         jobs: list[tuple[str, Path, Path | None, str | None]] = [("null run", trained.path, None, None)]
-        if path is not None:
-            jobs.append(("folded file", path, None, "default"))
-        if adapter and run.config.adapter.adapt == "offset":
+        jobs.append(("folded file", path, None, "default"))
+        if run.config.adapter.adapt == "offset":
             export(trained, exported)
             jobs.append(("adapter", trained.path, exported, "default"))
         found: dict[str, Agreement] = {}
@@ -260,7 +258,7 @@ def verify_runtime(
             set_active(trained.model, active)
             with display.bar(f"{name}: {label}", tokens) as done, engine(model, lora) as runtime:
                 found[label] = agreement(trained, runtime, rows, tokens, done)
-    return RuntimeProof(name, found["null run"], found.get("folded file"), found.get("adapter"))
+    return RuntimeProof(name, found["null run"], found["folded file"], found.get("adapter"))
 
 
 def _runtime_of(trained: LoadedModel, n_ctx: int) -> tuple[str, Callable[..., Any], Callable[..., None]]:

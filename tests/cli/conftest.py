@@ -63,3 +63,39 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Callable[..
         return model, folder / "run"
 
     return make
+
+
+def tree(folder: Path) -> dict[str, int]:
+    """Every file and folder below, with its size."""
+    return {str(p.relative_to(folder)): p.stat().st_size if p.is_file() else -1 for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    """`refused("train", ...)`: the message; the command must end with 2 and leave `tmp_path` as it was."""
+
+    def check(*arguments: object) -> str:
+        before = tree(tmp_path)
+        capsys.readouterr()
+        assert command(*arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("lorafold: ") == 1
+        assert tree(tmp_path) == before
+        return captured.err.partition("lorafold: ")[2]
+
+    return check
+
+
+@pytest.fixture
+def train(
+    refused: Callable[..., str], tiny_file: Callable[..., Path], data: Path, tmp_path: Path
+) -> Callable[..., str]:
+    """`train("--r", 0)`: the message of a training run that is refused."""
+
+    def check(*options: object, model: object = None, rows: object = data) -> str:
+        model = model or tiny_file("llama", "Q4_1")
+        output = [] if "--output-dir" in options else ["--output-dir", tmp_path / "run"]
+        return refused("train", model, "--data", rows, *output, *quick(*options))
+
+    return check

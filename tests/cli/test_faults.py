@@ -1,75 +1,33 @@
-"""Rarer mistakes and broken surroundings than in test_bad_input.py: full disks, damaged adapters, missing extras."""
+"""Rarer mistakes than in test_bad_input.py: options, data, training that goes wrong, missing extras."""
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
-import json
-import os
 import re
-import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lorafold.config import TrainingConfig
-from lorafold.errors import AdapterError
 from lorafold.evals import llama_cpp
 from lorafold.evals.loss import pack_loss
-from lorafold.models.adapter_files import load_adapter
 from lorafold.models.load import load
 from lorafold.runs.fold import load_trained
 from lorafold.runs.folder import read_run
 from lorafold.train import loop
 from tests.cli.conftest import quick
-from tests.practice import command, layer_count, same_logits, tiny_folder
+from tests.practice import command, tiny_folder
 from tests.tiny import tiny_gguf
 
 Output = pytest.CaptureFixture[str]
 Trained = Callable[..., tuple[Path, Path]]
 Refused = Callable[..., str]
-
-
-def tree(folder: Path) -> dict[str, int]:
-    """Every file and folder below, with its size."""
-    return {str(p.relative_to(folder)): p.stat().st_size if p.is_file() else -1 for p in folder.rglob("*")}
-
-
-@pytest.fixture
-def refused(capsys: Output, tmp_path: Path) -> Refused:
-    """`refused("train", ...)`: the message; the command must end with 2 and leave `tmp_path` as it was."""
-
-    def check(*arguments: object) -> str:
-        before = tree(tmp_path)
-        capsys.readouterr()
-        assert command(*arguments) == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.count("lorafold: ") == 1
-        assert tree(tmp_path) == before
-        return captured.err.partition("lorafold: ")[2]
-
-    return check
-
-
-@pytest.fixture
-def train(refused: Refused, tiny_file: Callable[..., Path], data: Path, tmp_path: Path) -> Refused:
-    """`train("--r", 0)`: the message of a training run that is refused."""
-
-    def check(*options: object, model: object = None, rows: object = data) -> str:
-        model = model or tiny_file("llama", "Q4_1")
-        output = [] if "--output-dir" in options else ["--output-dir", tmp_path / "run"]
-        return refused("train", model, "--data", rows, *output, *quick(*options))
-
-    return check
 
 
 # what is adapted
@@ -220,286 +178,6 @@ def test_counts_that_are_not_positive(refused: Refused, trained: Trained, tmp_pa
         assert "tokens" in refused("verify", tmp_path / "out.gguf", "--run", run, "--tokens", 0)
     assert "max" in refused("generate", model, "--prompt", "a", "--max-new-tokens", -1)
     assert "rows" in refused("preview", model, "--data", data, "--rows", -1)
-
-
-# outputs
-
-
-def test_output_below_a_file(train: Refused, trained: Trained, refused: Refused, tmp_path: Path) -> None:
-    _, run = trained()
-    (tmp_path / "mine.txt").write_text("keep me")
-    out = tmp_path / "mine.txt" / "deeper" / "out"
-    for arguments in (("fold", run), ("export", run, "--to", "peft"), ("export", run, "--to", "gguf-adapter")):
-        assert "is not a folder" in refused(*arguments, "-o", out)
-    assert "is not a folder" in train("--output-dir", out)
-
-
-def test_output_is_checked_before_any_work(train: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading a large model takes a while."""
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "mine.txt").write_text("keep me")
-
-    def loading(*_: object) -> None:
-        raise AssertionError("the model is loaded first")
-
-    monkeypatch.setattr("lorafold.runs.start.load", loading)
-    assert "exists already" in train("--output-dir", tmp_path / "taken")
-
-
-def test_every_command_asks_for_permission(
-    train: Refused, trained: Trained, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tests may run as root, who may write anywhere: so the answer of the operating system is replaced."""
-    _, run = trained()
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    for arguments in (("fold", run), ("export", run, "--to", "peft"), ("export", run, "--to", "gguf-adapter")):
-        assert f"no permission to write in {tmp_path}" in refused(*arguments, "-o", tmp_path / "out")
-    assert f"no permission to write in {tmp_path}" in train("--output-dir", tmp_path / "run")
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Inside, writing beyond so many bytes of a file fails as on a full disk (with EFBIG; Python ignores SIGXFSZ)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-OUTPUTS = {
-    "fold": (("llama", "Q4_1"), ("fold",)),
-    "fold promoted": (("llama", "Q4_0"), ("fold",)),
-    "fold to f16": (("llama", "Q4_1"), ("fold", "--to", "f16")),
-    "fold a folder": (("folder", "F32", "--method", "lora"), ("fold",)),
-    "export peft": (("llama", "Q4_1"), ("export", "--to", "peft")),
-    "export gguf-adapter": (("llama", "Q4_1"), ("export", "--to", "gguf-adapter")),
-}
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_disk_that_fills_while_writing(trained: Trained, refused: Refused, tmp_path: Path, name: str) -> None:
-    options, (verb, *rest) = OUTPUTS[name]
-    _, run = trained(*options)
-    out = tmp_path / "out"
-    with files_of_at_most(20_000):
-        message = refused(verb, run, "-o", out, *rest)
-    assert f"{out} was not written" in message
-    assert "nothing was left behind" in message
-    assert command(verb, run, "-o", out, *rest) == 0  # the run is unharmed
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_disk_that_is_full_when_renaming(
-    trained: Trained, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    options, (verb, *rest) = OUTPUTS[name]
-    _, run = trained(*options)
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    assert "the disk is full" in refused(verb, run, "-o", tmp_path / "out", *rest)
-
-
-def test_failed_overwrite_keeps_the_old_file(trained: Trained, refused: Refused, tmp_path: Path) -> None:
-    _, run = trained()
-    out = tmp_path / "out.gguf"
-    out.write_text("the old one")
-    with files_of_at_most(20_000):
-        refused("fold", run, "-o", out, "--overwrite")
-    assert out.read_text() == "the old one"
-
-
-def test_failed_overwrite_keeps_the_old_folder(trained: Trained, refused: Refused, tmp_path: Path) -> None:
-    """Also when the very last step, the rename, fails."""
-    _, run = trained()
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old.txt").write_text("the old one")
-    (out / "adapter_config.json").write_text("{}")
-    replace = os.replace
-
-    def full(source: Path, target: Path) -> None:
-        if Path(target) == out and (Path(source) / "adapter_model.safetensors").exists():
-            raise OSError(errno.ENOSPC, "No space left on device")
-        replace(source, target)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        refused("export", run, "--to", "peft", "-o", out, "--overwrite")
-    assert (out / "old.txt").read_text() == "the old one"
-
-
-def test_overwriting_replaces_a_whole_folder(trained: Trained, tmp_path: Path) -> None:
-    _, run = trained()
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old.txt").write_text("the old one")
-    (out / "adapter_config.json").write_text("{}")
-    assert command("export", run, "--to", "peft", "-o", out, "--overwrite") == 0
-    assert {path.name for path in tmp_path.rglob("*")} == {"out", "adapter_config.json", "adapter_model.safetensors"}
-
-
-def test_overwriting_never_takes_other_things_along(
-    trained: Trained, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A home folder, the run itself, the current folder: what is replaced whole must be a model or an adapter."""
-    _, run = trained()
-    home, copy = tmp_path / "home", tmp_path / "run"
-    (home / "sub").mkdir(parents=True)
-    (home / "sub" / "thesis.txt").write_text("keep me")
-    (home / "notes.txt").write_text("keep me too")
-    shutil.copytree(run, copy)
-    for out in (home, home / "sub", copy):
-        assert "is not replaced: besides model or adapter files" in refused(
-            "export", run, "--to", "peft", "-o", out, "--overwrite"
-        )
-    monkeypatch.chdir(home)
-    assert "sub" in refused("export", run, "--to", "peft", "-o", ".", "--overwrite")
-
-
-def test_disk_that_fills_while_training(
-    trained: Trained, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
-) -> None:
-    model, _ = trained()
-    calls = []
-
-    def full(_: int) -> None:
-        calls.append(1)
-        if len(calls) > 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    assert command("train", model, "--data", data, "--output-dir", tmp_path / "run", *quick()) == 2
-    assert "the disk is full" in capsys.readouterr().err
-
-
-# runs and adapters
-
-
-def test_what_holds_no_adapter(refused: Refused, trained: Trained, tmp_path: Path, data: Path) -> None:
-    model, run = trained()
-    assert "no run folder" in refused("export", tmp_path / "none", "--to", "peft", "-o", tmp_path / "out")
-    assert "not a finished run folder" in refused("verify", model, "--run", tmp_path)
-    message = refused("eval", model, "--adapter", tmp_path, tmp_path / "b", run, "--data", data)
-    assert f"neither an adapter folder nor a run folder: {tmp_path}, {tmp_path / 'b'}" in message
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("", "damaged"),
-        ("- 1", "damaged"),
-        ("model: [", "damaged"),
-        ("model: a\n", "output_dir is missing"),
-        ("model: a\noutput_dir: b\ndata: c\nr: x\n", "r is 'x'"),
-        ("model: a\noutput_dir: b\ndata: c\nr: 8\nlearning_rate: [1]\n", "damaged"),
-        ("model: a\noutput_dir: b\ndata: 5\n", "damaged"),
-    ],
-)
-def test_damaged_run_folder(refused: Refused, trained: Trained, tmp_path: Path, content: str, expected: str) -> None:
-    _, run = trained()
-    shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").write_text(content)
-    assert expected in refused("fold", tmp_path / "run", "-o", tmp_path / "out")
-
-
-def test_base_is_known_by_its_weights_not_its_name(refused: Refused, trained: Trained, tmp_path: Path) -> None:
-    model, run = trained()
-    shutil.copytree(run, tmp_path / "run")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-
-    def base(path: Path) -> None:
-        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config | {"model": str(path)}))
-
-    base(tiny_gguf(tmp_path, "llama", "Q4_1", seed=1))
-    assert "trained on other base weights" in refused("fold", tmp_path / "run", "-o", tmp_path / "out")
-    copy = tmp_path / "copy.gguf"
-    shutil.copyfile(model, copy)
-    base(copy)
-    assert command("fold", tmp_path / "run", "-o", tmp_path / "out") == 0
-
-
-@pytest.fixture
-def adapter(trained: Trained, tmp_path: Path) -> Path:
-    """An adapter folder that may be spoiled."""
-    _, run = trained()
-    return Path(shutil.copytree(run / "adapter", tmp_path / "adapter"))
-
-
-def test_an_adapter_that_does_not_fit_leaves_the_model_alone(trained: Trained, adapter: Path) -> None:
-    model, _ = trained()
-    weights = adapter / "adapter_model.safetensors"
-    state = load_file(weights)
-    state["base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"] = torch.zeros(7, 8)
-    save_file(state, weights)
-    loaded = load(model)
-    with pytest.raises(AdapterError, match=r"shape \[7, 8\], the base needs \[96, 8\]"):
-        load_adapter(loaded, adapter)
-    assert layer_count(loaded) == 0
-    same_logits(loaded.model, load(model).model, atol=0.0)
-
-
-def test_adapter_that_lacks_a_whole_layer(refused: Refused, trained: Trained, data: Path, adapter: Path) -> None:
-    """Nothing of layer 1's q_proj is there, while q_proj is a target and other layers have theirs."""
-    model, _ = trained()
-    weights = adapter / "adapter_model.safetensors"
-    save_file({k: v for k, v in load_file(weights).items() if "1.self_attn.q_proj" not in k}, weights)
-    assert "model.layers.1.self_attn.q_proj" in refused("eval", model, "--adapter", adapter, "--data", data)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("peft_type", "LOKR"),
-        ("peft_type", ["LORA"]),
-        ("peft_type", None),
-        ("r", "x"),
-        ("r", 2.5),
-        ("r", 8.0),
-        ("r", -1),
-        ("r", None),
-        ("lora_alpha", None),
-        ("lora_alpha", "x"),
-        ("use_dora", True),
-        ("rank_pattern", {"q_proj": "x"}),
-        ("rank_pattern", {"(": 4}),
-        ("rank_pattern", ["q_proj"]),
-        ("alpha_pattern", {"q_proj": "x"}),
-        ("target_modules", 7),
-        ("target_modules", "("),
-    ],
-)
-def test_adapter_config_that_makes_no_sense(
-    refused: Refused, trained: Trained, data: Path, adapter: Path, key: str, value: object
-) -> None:
-    model, _ = trained()
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    assert str(adapter) in refused("eval", model, "--adapter", adapter, "--data", data)
-
-
-def test_adapter_with_another_pooling_divisor(refused: Refused, trained: Trained, data: Path, adapter: Path) -> None:
-    model, _ = trained()
-    weights = adapter / "adapter_model.safetensors"
-    with safe_open(weights, "pt") as file:
-        header = file.metadata()
-    save_file(load_file(weights), weights, header | {"pooling_divisor": "group_size"})
-    message = refused("eval", model, "--adapter", adapter, "--data", data)
-    assert "pooling divisor is group_size, here it is sqrt(group_size)" in message
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff"])
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_adapter_files_that_are_damaged(
-    refused: Refused, trained: Trained, data: Path, adapter: Path, name: str, content: bytes
-) -> None:
-    model, _ = trained()
-    (adapter / name).write_bytes(content)
-    assert name in refused("eval", model, "--adapter", adapter, "--data", data)
 
 
 # training that goes wrong
