@@ -70,7 +70,7 @@ class AdaptedLinear(nn.Module):
         if isinstance(adapter, GroupAdapter):
             return self.base(x, *(self._once or (self.offset(), self.scale())))
         y = self.base(x)
-        return y if adapter is None else y + adapter(x)
+        return y if adapter is None else adapter(x, y)
 
 
 @dataclass

@@ -31,11 +31,12 @@ class LoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(out_features, r))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """s B A x for x [..., I] -> [..., O], computed in the type of x."""
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + s B A x for x [..., I] and y [..., O], computed in the type of x; one pass over y."""
         x = F.dropout(x, self.dropout, self.training)
-        hidden = F.linear(x, self.lora_A.to(x.dtype))
-        return F.linear(hidden, self.lora_B.to(x.dtype)) * self.scaling
+        hidden = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
+        out = torch.addmm(y.flatten(0, -2), hidden, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
+        return out.view_as(y)
 
     def delta(self) -> Tensor:
         """The update of the weight, s B A [O, I]."""

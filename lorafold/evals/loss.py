@@ -24,6 +24,7 @@ from lorafold.quant.linear import QuantLinear
 
 ALIGN = 16  # row lengths are rounded up to this, see `pack`
 _CHUNK = 128  # supervised positions whose logits exist at once: 128 x V x 4 bytes
+_FEW = 32  # the last chunk is filled up to a multiple of this: few shapes of matrices, see `pack`
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config keys of heads that do more
 
 
@@ -33,14 +34,19 @@ class _FrozenHeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), _CHUNK):
-            part, target = hidden[start : start + _CHUNK], targets[start : start + _CHUNK, None]
+            here = slice(start, start + _CHUNK)
+            rows = len(targets[here])
+            part, target = (
+                F.pad(hidden[here], (0, 0, 0, -rows % _FEW)),
+                F.pad(targets[here], (0, -rows % _FEW))[:, None],
+            )
             logits = F.linear(part, weight).float()
             normalizer = logits.logsumexp(-1, keepdim=True)
-            total += (normalizer - logits.gather(1, target)).sum()
+            total += (normalizer - logits.gather(1, target))[:rows].sum()
             if grad is not None:
                 probabilities = logits.sub_(normalizer).exp_()
                 probabilities.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
-                grad[start : start + _CHUNK] = probabilities.to(hidden.dtype) @ weight
+                grad[here] = (probabilities.to(hidden.dtype) @ weight)[:rows]
         ctx.save_for_backward(grad)
         return total
 

@@ -24,6 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from lorafold.errors import FormatError
 from lorafold.models import attention
 from lorafold.models.architectures import ROPE_FACTORS, Architecture, architecture_of, config_of
+from lorafold.models.fused_attention import replace_attention
+from lorafold.models.gated import replace_gated
 from lorafold.models.gguf_file import DENSE, GGUFFile
 from lorafold.models.mlx_folder import MLXFolder, is_mlx
 from lorafold.models.norms import replace_norms
@@ -163,7 +165,8 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "c
     loaded.model.requires_grad_(False).eval()
     known = loaded.model.config.model_type in _MODEL_TYPES
     alone = None if known else hidden_alone(loaded.model)
-    replace_norms(loaded.model)
+    for replace in (replace_norms, replace_gated, replace_attention):
+        replace(loaded.model)
     loaded.model.set_attn_implementation(attention.NAME)
     if alone is not None:
         fault = rows_mix(loaded.model, alone)

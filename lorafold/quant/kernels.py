@@ -8,6 +8,9 @@ torch does). Compiled code is cached on disk, for which each kernel must be a fu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from numba import config, njit, prange, set_num_threads
@@ -28,17 +31,20 @@ def decode(name: str, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torc
     exact, rounded, weights, *arguments = _KERNELS[name] if name in _KERNELS else _mlx_kernels(name)
     out = torch.empty(blocks.shape[0], blocks.shape[1] * weights, dtype=dtype)
     raw, s, o = blocks.numpy(), scale.detach().contiguous().numpy(), offset.detach().contiguous().numpy()
+    if dtype == torch.bfloat16:
+        on_torch_threads(rounded, raw, s, o, *arguments, out.view(torch.uint16).numpy())
+    else:
+        on_torch_threads(exact, raw, s, o, *arguments, out.numpy())
+    return out
+
+
+def on_torch_threads(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Run a parallel kernel on as many threads as torch uses."""
     threads = torch.get_num_threads()
     set_num_threads(min(threads, _MOST_THREADS))
-    if dtype == torch.bfloat16:
-        rounded(raw, s, o, *arguments, out.view(torch.uint16).numpy())
-    else:
-        exact(raw, s, o, *arguments, out.numpy())
-    if (
-        torch.get_num_threads() != threads
-    ):  # numba's first call starts its threads and sets OpenMP's number for torch too
+    kernel(*arguments)
+    if torch.get_num_threads() != threads:  # numba's first call sets OpenMP's number for torch too
         torch.set_num_threads(threads)
-    return out
 
 
 @njit(inline="always")
@@ -68,7 +74,8 @@ def _block8(raw, r, g, at, s, o, zero, w):  # noqa: ARG001 (one signature for al
 
 
 @njit(inline="always")
-def _round(bits, out):
+def round_bfloat16(bits, out):
+    """Round float32 numbers, given as uint32, to bfloat16 as torch does: nearest, ties to even, NaN stays NaN."""
     for j in range(len(bits)):
         u = bits[j]
         if (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):  # not a number, and must stay so
@@ -91,7 +98,7 @@ def _q4_bfloat16(raw, scale, offset, zero, at, out):
         bits = w.view(np.uint32)
         for g in range(raw.shape[1]):
             _block4(raw, r, g, at, scale[r, g], offset[r, g], zero, w)
-            _round(bits, out[r, g * 32 : g * 32 + 32])
+            round_bfloat16(bits, out[r, g * 32 : g * 32 + 32])
 
 
 @njit(parallel=True, cache=True)
@@ -108,7 +115,7 @@ def _q5_bfloat16(raw, scale, offset, zero, at, out):
         bits = w.view(np.uint32)
         for g in range(raw.shape[1]):
             _block5(raw, r, g, at, scale[r, g], offset[r, g], zero, w)
-            _round(bits, out[r, g * 32 : g * 32 + 32])
+            round_bfloat16(bits, out[r, g * 32 : g * 32 + 32])
 
 
 @njit(parallel=True, cache=True)
@@ -125,7 +132,7 @@ def _q8_bfloat16(raw, scale, offset, zero, at, out):
         bits = w.view(np.uint32)
         for g in range(raw.shape[1]):
             _block8(raw, r, g, at, scale[r, g], offset[r, g], zero, w)
-            _round(bits, out[r, g * 32 : g * 32 + 32])
+            round_bfloat16(bits, out[r, g * 32 : g * 32 + 32])
 
 
 @njit(inline="always")
@@ -200,7 +207,7 @@ def _iq4nl_bfloat16(raw, scale, offset, values, out):
         bits = w.view(np.uint32)
         for g in range(raw.shape[1]):
             _block4nl(raw, r, g, values, scale[r, g], offset[r, g], w)
-            _round(bits, out[r, g * 32 : g * 32 + 32])
+            round_bfloat16(bits, out[r, g * 32 : g * 32 + 32])
 
 
 @njit(inline="always")
@@ -233,7 +240,7 @@ def _k_bfloat16(raw, scale, offset, bits, n, out):
         for b in range(raw.shape[1]):
             g = slice(n * b, n * b + n)
             _block_k(bits, raw[r, b], scale[r, g], offset[r, g], w)
-            _round(u, out[r, 256 * b : 256 * b + 256])
+            round_bfloat16(u, out[r, 256 * b : 256 * b + 256])
 
 
 @njit(inline="always")
@@ -269,7 +276,7 @@ def _mlx4_bfloat16(raw, scale, offset, at, n, out):
         bits = w.view(np.uint32)
         for g in range(raw.shape[1]):
             _block_mlx4(raw, r, g, at, scale[r, g], offset[r, g], w)
-            _round(bits, out[r, n * g : n * g + n])
+            round_bfloat16(bits, out[r, n * g : n * g + n])
 
 
 @njit(parallel=True, cache=True)
@@ -286,7 +293,7 @@ def _mlx_bfloat16(raw, scale, offset, at, n, width, out):
         bits = w.view(np.uint32)
         for g in range(raw.shape[1]):
             _block_mlx(raw, r, g, at, width, scale[r, g], offset[r, g], w)
-            _round(bits, out[r, n * g : n * g + n])
+            round_bfloat16(bits, out[r, n * g : n * g + n])
 
 
 def _mlx_kernels(name: str) -> tuple:

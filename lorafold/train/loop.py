@@ -6,6 +6,7 @@ micro-batches together; so batch size, accumulation and packing can be traded fo
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,6 @@ from lorafold.data.tokens import Tokens
 from lorafold.errors import TrainingError
 from lorafold.evals.loss import ALIGN, pack_loss
 from lorafold.models.load import LoadedModel
-from lorafold.train.memory import HeapTrimmer
 from lorafold.train.schedule import learning_rate_at
 
 
@@ -87,14 +87,16 @@ def train_steps(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingCon
     total = total_steps(len(rows), config)
     batches = epoch_batches(len(rows), config)
     loaded.model.train()
-    heap = HeapTrimmer()
+    gc.collect()
+    gc.freeze()  # the collector would walk through the model and all imported modules several times a step
     try:
         for step in range(total):
             batch = [rows[i] for i in next(batches)]
             rate = learning_rate_at(step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
-            yield _one_step(loaded, batch, optimizer, parameters, config, step + 1, rate, heap)
+            yield _one_step(loaded, batch, optimizer, parameters, config, step + 1, rate)
             loaded.model.train()  # whoever evaluated in between switched to evaluation mode
     finally:
+        gc.unfreeze()
         loaded.model.eval()
         if config.gradient_checkpointing:
             loaded.model.gradient_checkpointing_disable()
@@ -108,7 +110,6 @@ def _one_step(
     config: TrainingConfig,
     step: int,
     rate: float,
-    heap: HeapTrimmer,
 ) -> Step:
     began = time.perf_counter()
     supervised = sum(sum(row.supervised) for row in batch)
@@ -132,7 +133,6 @@ def _one_step(
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    heap.after_step()
     tokens = sum(len(row.ids) for row in batch)
     return Step(step, total_loss / supervised, rate, norm, len(batch), tokens, supervised, time.perf_counter() - began)
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import resource
 import sys
 from pathlib import Path
 
 import torch
-
-_GROWTH = 1.15
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def resident_bytes() -> int:
@@ -22,29 +18,6 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:  # no /proc: not Linux
         return peak_bytes()
-
-
-class HeapTrimmer:
-    """Gives freed memory back to the system when the resident set has grown, where the C library can (glibc).
-
-    After a step half of the heap is free, in pieces that the next step, whose rows have other lengths, fits into badly:
-    without this the peak of a run grows by half in fifty steps. Getting the pages again costs about a tenth of a step,
-    so it is done only when the process is `_GROWTH` times as large as after the first step, which is every few steps.
-    """
-
-    def __init__(self) -> None:
-        self._first: int | None = None
-        if _TRIM is not None:
-            _TRIM(0)  # what was done before leaves pieces too
-
-    def after_step(self) -> None:
-        """Trim if it is time."""
-        if _TRIM is None or (torch.cuda.is_available() and torch.cuda.is_initialized()):
-            return
-        now = resident_bytes()
-        self._first = self._first or now
-        if now > _GROWTH * self._first:
-            _TRIM(0)
 
 
 def restart_peak() -> None:

@@ -44,7 +44,8 @@ def test_lora_is_its_formula() -> None:
     nn.init.normal_(adapter.lora_B)
     x = torch.randn(3, 5, 6)
     expected = torch.einsum("bti,ri,or->bto", x, adapter.lora_A, adapter.lora_B) * 1.5
-    torch.testing.assert_close(adapter(x), expected)
+    y = torch.randn(3, 5, 4)
+    torch.testing.assert_close(adapter(x, y), y + expected)
     torch.testing.assert_close(x @ adapter.delta().T, expected)
 
 
@@ -55,11 +56,12 @@ def test_dropout_acts_on_the_adapters_input_while_training_only() -> None:
         adapter.lora_A.copy_(torch.eye(1000))
         adapter.lora_B.copy_(torch.eye(1000))
     x = torch.rand(4, 1000) + 0.5
-    y = adapter(x)
+    nothing = torch.zeros_like(x)
+    y = adapter(x, nothing)
     dropped = y == 0
     assert 0.25 < dropped.float().mean() < 0.35  # 4,000 draws: a standard deviation of 0.007
     torch.testing.assert_close(y[~dropped], (x / 0.7)[~dropped])
-    torch.testing.assert_close(adapter.eval()(x), x)
+    torch.testing.assert_close(adapter.eval()(x, nothing), x)
 
 
 def test_a_new_adapter_changes_nothing() -> None:

@@ -12,14 +12,18 @@ from lorafold.models.norms import RMSNorm, replace_norms
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_transformers(dtype: torch.dtype) -> None:
-    """The same operations in the same order: outputs are equal; gradients to the rounding of their type."""
+    """Float32: the same operations in the same order. bfloat16: the mean in another order moves a last bit, rarely."""
     theirs = LlamaRMSNorm(48, eps=1e-5).to(dtype)
     theirs.weight.data.uniform_(0.5, 2).requires_grad_(False)
     ours = RMSNorm(nn.Parameter(theirs.weight.data, requires_grad=False), 1e-5)
     x = (3 * torch.randn(2, 7, 48)).to(dtype)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     out_a, out_b = theirs(a), ours(b)
-    assert torch.equal(out_a, out_b)
+    if dtype == torch.float32:
+        assert torch.equal(out_a, out_b)
+    else:
+        assert (out_a != out_b).float().mean() < 0.01
+        torch.testing.assert_close(out_b, out_a, rtol=2**-7, atol=0)
     dy = torch.randn(2, 7, 48).to(dtype)
     out_a.backward(dy)
     out_b.backward(dy)

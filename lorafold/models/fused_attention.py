@@ -1,0 +1,116 @@
+"""Causal attention over the rows of a pack on a CPU, from projections to output in one step with its own gradient.
+
+The rotary embedding writes queries and keys in the order that the matrix products read, and mask and softmax take one
+pass in place; so little is copied that is not multiplied, and only rotated queries and keys, values and attention
+weights are kept. Packs with rows too long for that, caches, other types and devices take transformers' own forward
+pass with `attention.py`.
+"""
+
+# T tokens of the pack, H query heads, K key-value heads, D head width; a row of L tokens is [H, L, D], contiguous
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.models import kernels
+
+# classes with projections, rotary queries and keys, softmax(scaling q k) v and one more projection
+REPLACED = ("LlamaAttention", "Qwen2Attention", "MistralAttention")
+MOST_TOKENS = 640  # the longest row whose attention weights are kept; above, the flash kernel is as fast
+
+
+class _PackAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        segments: list[int],
+        scale: float,
+        window: int,
+    ) -> Tensor:
+        ctx.segments, ctx.scale, ctx.window = segments, scale, window
+        width = cos.shape[-1]
+        q_rows, k_rows = (kernels.rotate(x, cos, sin, segments) for x in (q, k))
+        out = torch.empty_like(q)
+        weights = []
+        rows = zip(*(x.split(segments) for x in (v, out)), *_by_row(segments, q_rows, k_rows, len(cos)), strict=True)
+        for v_row, out_row, rq, rk in rows:
+            scores = torch.bmm(rq, rk.transpose(1, 2))
+            kernels.causal_softmax_(scores, scale, window)
+            _put_heads(out_row, torch.bmm(scores, _heads(v_row, width)))
+            weights.append(scores)
+        ctx.save_for_backward(q_rows, k_rows, v, cos, sin, *weights)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_rows, k_rows, v, cos, sin, *weights = ctx.saved_tensors
+        segments, width, tokens = ctx.segments, cos.shape[-1], len(cos)
+        dq, dk, dv = (torch.empty_like(x) for x in (q_rows, k_rows, v))
+        flat = (x.split(segments) for x in (v, dv, grads[0].contiguous()))
+        by_row = (*_by_row(segments, q_rows, k_rows, tokens), *_by_row(segments, dq, dk, tokens))
+        for p, v_row, dv_row, dy_row, rq, rk, dq_row, dk_row in zip(weights, *flat, *by_row, strict=True):
+            dy = _heads(dy_row, width).reshape(rq.shape)
+            _put_heads(dv_row, torch.bmm(p.transpose(1, 2), dy))
+            d = torch.bmm(dy, _heads(v_row, width).transpose(1, 2))
+            kernels.causal_softmax_backward_(p, ctx.scale, ctx.window, d)
+            torch.bmm(d, rk, out=dq_row)
+            torch.bmm(d.transpose(1, 2), rq, out=dk_row)
+        return *(kernels.rotate_back(x, cos, sin, segments) for x in (dq, dk)), dv, *[None] * 5
+
+
+def _by_row(segments: list[int], q: Tensor, k: Tensor, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+    """q [T * H, D] and k [T * K, D] as [K, H / K * L, D] and [K, L, D] per row: heads of one key head together."""
+    heads, kv_heads = len(q) // tokens, len(k) // tokens
+    return (
+        [x.view(kv_heads, -1, q.shape[1]) for x in q.split([n * heads for n in segments])],
+        [x.view(kv_heads, -1, k.shape[1]) for x in k.split([n * kv_heads for n in segments])],
+    )
+
+
+def _heads(x: Tensor, width: int) -> Tensor:
+    """[L, H * D] -> [H, L, D], contiguous."""
+    return x.view(len(x), -1, width).transpose(0, 1).contiguous()
+
+
+def _put_heads(x: Tensor, by_head: Tensor) -> None:
+    """Write [H, L, D], its first two dimensions split in any way, to x [L, H * D]."""
+    x.view(len(x), -1, by_head.shape[-1]).copy_(by_head.view(-1, len(x), by_head.shape[-1]).transpose(0, 1))
+
+
+def attention_forward(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    segments: list[int] | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The forward pass of an attention module: hidden states [1, T, N] -> [1, T, N], and no attention weights."""
+    short = segments is not None and max(segments) <= MOST_TOKENS
+    if not short or past_key_values is not None or not kernels.usable(hidden_states):
+        return type(module).forward(
+            module, hidden_states, position_embeddings, attention_mask, past_key_values, segments=segments, **options
+        )
+    q, k, v = (project(hidden_states)[0] for project in (module.q_proj, module.k_proj, module.v_proj))
+    cos, sin = (x.expand(1, *x.shape[1:])[0] for x in position_embeddings)
+    owner = module if hasattr(module, "sliding_window") else module.config  # Qwen2 says it layer by layer
+    window = getattr(owner, "sliding_window", None)
+    out = _PackAttention.apply(q, k, v, cos, sin, segments, module.scaling, window or MOST_TOKENS)
+    return module.o_proj(out[None]), None  # type: ignore[index]
+
+
+def replace_attention(model: nn.Module) -> None:
+    """Give every attention module of transformers that computes the same this forward pass."""
+    for module in model.modules():
+        if type(module).__name__ in REPLACED:
+            module.forward = MethodType(attention_forward, module)

@@ -1,0 +1,45 @@
+"""The gated activation of a transformer block, silu(gate) * up, that keeps its two inputs only.
+
+transformers computes it in two steps, each of which keeps a tensor as wide as the block for the backward pass; the
+gradients here are formed from gate and up alone (arXiv 2002.05202).
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.models import kernels
+
+# classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x))
+REPLACED = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
+SILU = ("SiLU", "SiLUActivation")
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return kernels.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return kernels.swiglu_backward(gate, up, grads[0])
+
+
+def gated_forward(module: Any, x: Tensor) -> Tensor:
+    """The forward pass of a gated block, [..., N] -> [..., N]."""
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    gated = _SwiGLU.apply(gate, up) if kernels.usable(gate) else module.act_fn(gate) * up
+    return module.down_proj(gated)
+
+
+def replace_gated(model: nn.Module) -> None:
+    """Give every gated block of transformers that uses silu this forward pass."""
+    for module in model.modules():
+        if type(module).__name__ in REPLACED and type(getattr(module, "act_fn")).__name__ in SILU:  # noqa: B009
+            module.forward = MethodType(gated_forward, module)

@@ -1,0 +1,176 @@
+"""The fused passes of a block (bfloat16, CPU) against transformers' modules, judged by the same modules in float32."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, apply_rotary_pos_emb
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+
+from lorafold.models import attention, fused_attention, kernels
+from lorafold.models.fused_attention import replace_attention
+from lorafold.models.gated import replace_gated
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 160,
+}
+
+
+def _angles(positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    angles = positions[:, None] * 100 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos(), angles.sin()
+
+
+def _error(a: Tensor, exact: Tensor) -> float:
+    return float((a.double() - exact.double()).norm() / exact.double().norm())
+
+
+def test_swiglu_and_its_gradient() -> None:
+    """Rounded once, so at most half a unit in the last place (2^-9) off, and gradients likewise."""
+    gate, up, dy = (4 * torch.randn(7, 33).bfloat16() for _ in range(3))
+    g, u = gate.double().requires_grad_(), up.double().requires_grad_()
+    exact = F.silu(g) * u
+    exact.backward(dy.double())
+    d_gate, d_up = kernels.swiglu_backward(gate, up, dy)
+    assert g.grad is not None
+    assert u.grad is not None
+    for ours, theirs in ((kernels.swiglu(gate, up), exact), (d_gate, g.grad), (d_up, u.grad)):
+        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=2**-8 * 1.01, atol=1e-30)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30, 1e30, 0.0])
+def test_swiglu_of_extreme_gates(value: float) -> None:
+    """As torch computes it; 0 * infinity and NaN stay NaN."""
+    gate, up = torch.tensor([[value, 1.0]]).bfloat16(), torch.tensor([[2.0, 2.0]]).bfloat16()
+    torch.testing.assert_close(kernels.swiglu(gate, up), F.silu(gate) * up, equal_nan=True)
+
+
+@pytest.mark.parametrize("segments", [[1], [5], [3, 1, 8], [16, 16]])
+@pytest.mark.parametrize("width", [2, 16, 64])
+def test_rotation(segments: list[int], width: int) -> None:
+    tokens, heads = sum(segments), 3
+    x = torch.randn(tokens, heads * width).bfloat16()
+    cos, sin = (a.bfloat16() for a in _angles(torch.cat([torch.arange(n) for n in segments]), width))
+    by_head = x.float().view(1, tokens, heads, width).transpose(1, 2)
+    rotated, _ = apply_rotary_pos_emb(by_head, by_head, cos.float()[None], sin.float()[None])
+    expected = torch.cat([part[0].reshape(-1, width) for part in rotated.split(segments, 2)])
+    ours = kernels.rotate(x, cos, sin, segments)
+    torch.testing.assert_close(ours.float(), expected, rtol=2**-8, atol=2**-8)
+    # the gradient is the transpose: <rotate x, y> = <x, rotate_back y>
+    y = torch.randn_like(ours)
+    back = kernels.rotate_back(y, cos, sin, segments)
+    torch.testing.assert_close((expected * y.float()).sum(), (x.float() * back.float()).sum(), rtol=0.02, atol=0.5)
+    inverse = kernels.rotate_back(ours, cos, sin, segments)  # a rotation, so its transpose undoes it
+    torch.testing.assert_close(inverse.float(), x.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_causal_softmax(tokens: int, window: int) -> None:
+    scores = (4 * torch.randn(5, tokens, tokens)).bfloat16()
+    exact = scores.double().requires_grad_()
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    visible = (distance >= 0) & (distance < window)
+    weights = (exact * 0.3).masked_fill(~visible, -torch.inf).softmax(-1)
+    ours = scores.clone()
+    kernels.causal_softmax_(ours, 0.3, window)
+    torch.testing.assert_close(ours.double(), weights.detach(), rtol=2**-8, atol=1e-6)
+    assert not ours[:, ~visible].any()
+    dy = torch.randn(5, tokens, tokens).bfloat16()
+    weights.backward(dy.double())
+    d = dy.clone()
+    kernels.causal_softmax_backward_(weights.detach().bfloat16(), 0.3, window, d)
+    assert exact.grad is not None
+    torch.testing.assert_close(d.double(), exact.grad, rtol=2**-7, atol=2**-8)
+    assert not d[:, ~visible].any()
+
+
+def _modules() -> dict[str, tuple[nn.Module, int | None]]:
+    mixed = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1, num_hidden_layers=2)
+    return {
+        "llama": (LlamaAttention(LlamaConfig(**SIZES), 0), None),
+        "llama, biases": (LlamaAttention(LlamaConfig(**SIZES, attention_bias=True), 0), None),
+        "mistral, window": (MistralAttention(MistralConfig(**SIZES, sliding_window=5), 0), 5),
+        "qwen2, full layer": (Qwen2Attention(mixed, 0), None),
+        "qwen2, window": (Qwen2Attention(mixed, 1), 4),
+    }
+
+
+def _run(module: nn.Module, x: Tensor, segments: list[int], dy: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = _angles(torch.cat([torch.arange(n) for n in segments]), 16)
+    x = x.clone().requires_grad_()
+    places = (cos[None].to(x.dtype), sin[None].to(x.dtype))
+    out, _ = module(x, position_embeddings=places, attention_mask=None, segments=segments)
+    out.backward(dy.to(x.dtype))
+    assert x.grad is not None
+    return out.detach(), x.grad
+
+
+@pytest.mark.parametrize("segments", [[9], [1, 6, 2], [4, 4, 4]])
+@pytest.mark.parametrize("kind", list(_modules()))
+def test_attention(kind: str, segments: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most one and a half times as far from the float32 result as the same module in bfloat16 before."""
+    torch.manual_seed(0)
+    module, window = _modules()[kind]
+    module.config._attn_implementation = attention.NAME  # type: ignore[union-attr]
+    module.requires_grad_(False)
+    x, dy = (torch.randn(1, sum(segments), 96).bfloat16() for _ in range(2))
+    narrow = copy.deepcopy(module).bfloat16()
+    wide = copy.deepcopy(narrow).float()
+    exact = _run(wide, x.float(), segments, dy)
+    before = _run(narrow, x, segments, dy)
+    replace_attention(narrow)
+    seen: list[int] = []
+    real = kernels.causal_softmax_
+    monkeypatch.setattr(kernels, "causal_softmax_", lambda s, scale, w: (seen.append(w), real(s, scale, w)))
+    after = _run(narrow, x, segments, dy)
+    assert seen == [window or fused_attention.MOST_TOKENS] * len(segments)
+    for ours, theirs, truth in zip(after, before, exact, strict=True):
+        assert _error(ours, truth) < 1.5 * _error(theirs, truth) + 1e-4
+    # rows too long for it, or other types, go the old way
+    monkeypatch.setattr(fused_attention, "MOST_TOKENS", max(segments) - 1)
+    assert torch.equal(_run(narrow, x, segments, dy)[0], before[0])
+    replace_attention(wide)
+    assert torch.equal(_run(wide, x.float(), segments, dy)[0], exact[0])
+
+
+def test_gated_block() -> None:
+    torch.manual_seed(0)
+    narrow = LlamaMLP(LlamaConfig(**SIZES)).bfloat16().requires_grad_(False)
+    wide = copy.deepcopy(narrow).float()
+    x, dy = torch.randn(1, 7, 96).bfloat16(), torch.randn(1, 7, 96).bfloat16()
+
+    def run(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        out = module(x)
+        out.backward(dy.to(x.dtype))
+        assert x.grad is not None
+        return out.detach(), x.grad
+
+    exact, before = run(wide, x.float()), run(narrow, x)
+    replace_gated(narrow)
+    replace_gated(wide)
+    after = run(narrow, x)
+    assert not torch.equal(after[0], before[0])
+    for ours, theirs, truth in zip(after, before, exact, strict=True):
+        assert _error(ours, truth) < 1.2 * _error(theirs, truth)
+    assert torch.equal(run(wide, x.float())[0], exact[0])
+
+
+def test_other_activations_are_left_alone() -> None:
+    block = LlamaMLP(LlamaConfig(**SIZES, hidden_act="gelu")).bfloat16().requires_grad_(False)
+    x = torch.randn(1, 3, 96).bfloat16()
+    expected = block(x)
+    replace_gated(block)
+    assert torch.equal(block(x), expected)
