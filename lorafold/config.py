@@ -161,6 +161,31 @@ class DataConfig(RowsConfig):
 
 
 @dataclass(frozen=True)
+class QuantizeConfig:
+    """How a model is quantized.
+
+    Attributes:
+        bits: of a code; 2, 3, 4, 5, 6 or 8 in an MLX folder, 4 or 5 in a GGUF file (Q4_1, Q5_1).
+        group_size: weights that share a scale and an offset; 32, 64 or 128 in an MLX folder, 32 in a GGUF file.
+        method: `rtn` (round to nearest), `search` (the scale and offset of least squared error), or `gptq`
+            (least error of each layer's output on the rows of --data). Default: gptq with --data, otherwise search.
+        embedding_bits: of the embedding and the head; 16 leaves them as they are.
+        calibration_rows: rows of --data that are used.
+        stored: type of scales and offsets in an MLX folder, and of everything that is not quantized there.
+    """
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    group_size: Literal[32, 64, 128] = 32
+    method: Literal["rtn", "search", "gptq"] | None = None
+    embedding_bits: Literal[2, 3, 4, 5, 6, 8, 16] = 8
+    calibration_rows: int = 128
+    stored: Literal["float16", "bfloat16"] = "float16"
+
+    def __post_init__(self) -> None:
+        _raise(_not_positive(self, "calibration_rows"))
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """How it is learned.
 

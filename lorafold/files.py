@@ -73,7 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, default_mode())
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"{path} was not written: {reason(error)}; nothing was left behind") from error
@@ -124,6 +124,11 @@ def write_text(path: Path, text: str) -> None:
 def reason(error: OSError) -> str:
     """Why writing failed, in words."""
     return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+
+
+def default_mode() -> int:
+    """Permissions of a new file."""
+    return 0o666 & ~_umask()
 
 
 def _umask() -> int:

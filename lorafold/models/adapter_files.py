@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorafold.adapters.group import GroupAdapter
@@ -34,6 +33,7 @@ from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, ConfigError, bullet_list
 from lorafold.files import replacing_folder
 from lorafold.models.load import LoadedModel
+from lorafold.models.tensors import save_tensors
 from lorafold.quant.linear import QuantLinear
 
 POOLING = "sqrt(group_size)"  # adapters/group.py
@@ -90,14 +90,6 @@ def write_adapter_folder(
     with replacing_folder(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_tensors(temporary / WEIGHTS, tensors, header)
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None) -> None:
-    """Write a safetensors file; what goes wrong is an OSError, as for any other file."""
-    try:
-        save_file(tensors, path, metadata=header)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
 
 
 def _target_names(model: nn.Module, layers: list[str]) -> list[str]:

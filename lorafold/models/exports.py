@@ -24,9 +24,10 @@ from lorafold.adapters.lora import LoRA
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, FormatError
 from lorafold.files import replacing, replacing_folder
-from lorafold.models.adapter_files import CONFIG, MLX_WEIGHTS, save_adapter, save_tensors, write_adapter_folder
+from lorafold.models.adapter_files import CONFIG, MLX_WEIGHTS, save_adapter, write_adapter_folder
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.load import LoadedModel
+from lorafold.models.tensors import save_tensors
 from lorafold.quant.linear import QuantLinear
 
 

@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lorafold.errors import FormatError, bullet_list
 from lorafold.files import replacing_folder
+from lorafold.models.tensors import save_tensors
 from lorafold.quant.codecs import CODECS
+from lorafold.quant.linear import QuantLinear
 from lorafold.quant.mlx import BITS, GROUPS, STORED, mlx_codec
 from lorafold.quant.weight import QuantizedWeight
 
@@ -149,6 +152,68 @@ def _read_header(file: Path, data: np.ndarray) -> dict[str, StoredTensor]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{file} is damaged: {error}") from None
     return found
+
+
+def create_mlx(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    quantized: Mapping[str, QuantizedWeight],
+    default: QuantizedWeight,
+    dtype: torch.dtype,
+) -> None:
+    """Write a model as an MLX folder.
+
+    Args:
+        path: the new folder; it appears whole or not at all.
+        model: its other parameters are written in `dtype`.
+        quantized: module name -> its weight, in formats of MLX with parameters in `dtype`.
+        default: one of them, whose bits and group size stand for all that are not named one by one.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    tied = {"lm_head"} if model.config.tie_word_embeddings else set()
+    tensors: dict[str, Tensor] = {}
+    overrides: dict[str, Any] = {}
+    for name, weight in quantized.items():
+        codec, size = weight.format, CODECS[weight.codec].codes_at // 2
+        blocks = weight.blocks
+        for part, at in (("scales", 0), ("biases", size)):
+            tensors[f"{name}.{part}"] = blocks[..., at : at + size].contiguous().view(dtype)[..., 0]
+        tensors[f"{name}.weight"] = blocks[..., codec.codes_at :].flatten(1).contiguous().view(torch.uint32)
+        if weight.codec != default.codec:
+            overrides[name] = {"group_size": codec.group_size, "bits": codec.bits}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, QuantLinear) and module.bias is not None:
+            own["bias"] = nn.Parameter(module.bias, requires_grad=False)
+        for key, value in own.items():
+            if name not in tied and f"{name}.{key}" not in tensors:
+                tensors[f"{name}.{key}"] = value.detach().to(dtype).contiguous()
+    groups = {"group_size": default.format.group_size, "bits": default.format.bits}
+    config = mlx_config(model.config) | {"quantization": groups | overrides}
+    with replacing_folder(path) as temporary:
+        tokenizer.save_pretrained(temporary)
+        save_tensors(temporary / "model.safetensors", tensors, {"format": "mlx"})
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def mlx_config(config: PretrainedConfig) -> dict[str, Any]:
+    """A config as mlx-lm reads it: rope options where transformers 4 had them."""
+    values = config.to_dict()
+    rope = values.pop("rope_parameters", None) or {}
+    if "full_attention" in rope:
+        values |= {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+        rope = rope["full_attention"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if "rope_theta" in rope:
+        values["rope_theta"] = rope["rope_theta"]
+    if scaling.get("rope_type", "default") != "default":
+        values["rope_scaling"] = scaling
+    for key in ("quantization_config", "_name_or_path"):
+        values.pop(key, None)
+    return values
 
 
 def write_mlx(base: MLXFolder, replaced: Mapping[str, QuantizedWeight], path: Path) -> None:

@@ -21,11 +21,12 @@ from lorafold.adapters.fold import (
 from lorafold.adapters.inject import adapted_layers
 from lorafold.errors import FoldError, bullet_list
 from lorafold.files import replacing_folder
-from lorafold.models.adapter_files import load_adapter, save_tensors
+from lorafold.models.adapter_files import load_adapter
 from lorafold.models.gguf_file import DENSE
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import LoadedModel, load
 from lorafold.models.mlx_folder import MLXFolder, write_mlx
+from lorafold.models.tensors import save_tensors
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantLinear
 from lorafold.runs.folder import Run

@@ -1,0 +1,50 @@
+"""`lorafold quantize`: a model in 2 to 8 bits, ready for QA-LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from lorafold.config import QuantizeConfig, RowsConfig
+
+
+def quantize(
+    model: str,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    options: Annotated[QuantizeConfig | None, Parameter(name="*")] = None,
+    rows: Annotated[RowsConfig | None, Parameter(name="*")] = None,
+    overwrite: bool = False,
+) -> None:
+    """Quantize a model so that it can be trained with QA-LoRA and folded.
+
+    A GGUF model becomes a GGUF file (Q4_1, Q5_1) when the output ends in .gguf; any model becomes an MLX folder (2 to 8
+    bits) otherwise. After an interruption the same command goes on where it stopped.
+
+    Args:
+        model: 16-bit model: transformers folder, GGUF file, hub id; a quantized one is decoded first.
+        output: .gguf file or MLX folder to write.
+        overwrite: replace an existing output.
+    """
+    from lorafold.files import check_output
+    from lorafold.models.load import compute_dtype, load
+    from lorafold.runs import display as shown
+    from lorafold.runs.blocks import find_blocks
+    from lorafold.runs.prepare import all_rows
+    from lorafold.runs.quantize import quantize_model
+
+    config = options or QuantizeConfig()
+    check_output(output, overwrite)
+    display = shown.Display()
+    loaded = load(model, compute_dtype())
+    tokens = None
+    if rows is not None:
+        tokenized = all_rows(rows, loaded.tokenizer)
+        tokens = tokenized.rows[: config.calibration_rows]
+        display.say(f"calibration: the first {len(tokens)} rows of: {tokenized.describe()}")
+    with display.bar("blocks", len(find_blocks(loaded.model))) as done:
+        report = quantize_model(loaded, tokens, config, output, done)
+    shown.output(f"{output}: {report.describe()}")
+    shown.output(f"next: lorafold train {output} --data ...")

@@ -1,0 +1,149 @@
+"""Choosing codes, scales and offsets of affine groups: rounding to nearest, a search, and GPTQ.
+
+* `rtn`: scale and offset span the smallest and largest weight of a group; codes are the nearest.
+* `search`: several narrower spans are tried, for each of which codes and a least-squares scale and offset are found in
+  turn; the smallest squared error is kept. With a Hessian, errors are weighted by its diagonal, the mean square of
+  the inputs.
+* `gptq` (arXiv 2210.17323): columns are rounded one after the other, and what each loses is made good in the columns
+  that follow, for the smallest error of the layer's output on the calibration rows. The parameters of a group are those
+  of `search`, found when its first column is reached.
+
+Scales and offsets are rounded to the type in which the format stores them before codes are chosen.
+"""
+
+# O output rows, G groups in a row, n weights in a group, I = G n inputs
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorafold.quant.codecs import CODECS
+from lorafold.quant.ggml import Codec
+from lorafold.quant.weight import QuantizedWeight
+
+Method = Literal["rtn", "search", "gptq"]
+_SPANS = tuple(1 - 0.05 * i for i in range(11))  # shares of the whole span that `search` tries
+_REFITS = 2
+_DAMPING = 0.01  # of the mean diagonal of the Hessian, added to it
+
+
+def quantize(weight: Tensor, codec: str, method: Method, hessian: Tensor | None = None) -> QuantizedWeight:
+    """A dense matrix [O, I] in an affine format.
+
+    Args:
+        codec: the name of a format with a scale and an offset for each group of I.
+        hessian: X^T X [I, I] float32 of the layer's inputs X; needed by `gptq`, used by `search`.
+
+    Raises:
+        ValueError: a weight is not finite, a parameter overflows the format, or groups do not divide I.
+    """
+    form = CODECS[codec]
+    assert form.affine
+    out, width = weight.shape
+    if not torch.isfinite(weight).all():
+        raise ValueError("a weight is not finite and cannot be quantized")
+    if width % form.group_size:
+        raise ValueError(f"rows of {width} weights do not divide into groups of {form.group_size}")
+    wide = weight.float()
+    if method == "gptq":
+        assert hessian is not None
+        scale, offset, codes = _gptq(wide, hessian, form)
+    else:
+        importance = None if hessian is None else hessian.diagonal().unflatten(0, (-1, form.group_size))
+        groups = wide.unflatten(1, (-1, form.group_size))
+        scale, offset = _parameters(groups, form, method, importance)
+        codes = _nearest(groups, scale, offset, form)
+    if not (torch.isfinite(scale).all() and torch.isfinite(offset).all()):
+        raise ValueError(f"a scale or offset is too large for {form.stored}")
+    return QuantizedWeight(codec, (out, width), form.assemble(scale, offset, codes.to(torch.uint8)))
+
+
+def _levels(form: Codec) -> int:
+    return (1 << form.bits) - 1
+
+
+def _stored(values: Tensor, form: Codec) -> Tensor:
+    return values.to(form.stored).float()
+
+
+def _nearest(groups: Tensor, scale: Tensor, offset: Tensor, form: Codec) -> Tensor:
+    """Codes [..., n] float32 of weights [..., n]; 0 where the scale is 0."""
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    return ((groups - offset[..., None]) * inverse[..., None]).round_().clamp_(0, _levels(form))
+
+
+def _parameters(groups: Tensor, form: Codec, method: Method, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and offset [...] of groups [..., n], as the format stores them; importance [n] or [G, n]."""
+    low, high = groups.amin(-1), groups.amax(-1)
+    best = _stored((high - low) / _levels(form), form), _stored(low, form)
+    if method == "rtn":
+        return best
+    weights = torch.ones_like(groups[0]) if importance is None else importance
+    weights = weights / weights.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) + 1e-3
+    least = _error(groups, *best, weights, form)
+    middle = (low + high) / 2
+    for span in _SPANS:
+        scale = span * (high - low) / _levels(form)
+        offset = middle - scale * _levels(form) / 2
+        for _ in range(_REFITS):
+            scale, offset = _refit(groups, _nearest(groups, scale, offset, form), weights, scale, offset)
+        scale, offset = _stored(scale, form), _stored(offset, form)
+        error = _error(groups, scale, offset, weights, form)
+        better = error < least
+        best = torch.where(better, scale, best[0]), torch.where(better, offset, best[1])
+        least = torch.where(better, error, least)
+    return best
+
+
+def _error(groups: Tensor, scale: Tensor, offset: Tensor, weights: Tensor, form: Codec) -> Tensor:
+    decoded = _nearest(groups, scale, offset, form) * scale[..., None] + offset[..., None]
+    return ((decoded - groups).square_() * weights).sum(-1)
+
+
+def _refit(groups: Tensor, codes: Tensor, weights: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset of the smallest weighted squared error for given codes; the old ones where all codes agree."""
+    total = weights.sum(-1)
+    mean_code, mean_weight = (codes * weights).sum(-1) / total, (groups * weights).sum(-1) / total
+    centred = codes - mean_code[..., None]
+    spread = (centred.square() * weights).sum(-1)
+    slope = (centred * groups * weights).sum(-1) / spread
+    usable = spread > 0
+    return torch.where(usable, slope, scale), torch.where(usable, mean_weight - slope * mean_code, offset)
+
+
+def _gptq(weight: Tensor, hessian: Tensor, form: Codec) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and offset [O, G] and codes [O, G, n]."""
+    size, width = form.group_size, weight.shape[1]
+    left = weight.clone()
+    factor = _inverse_factor(hessian)
+    importance = hessian.diagonal()
+    scales, offsets, codes = [], [], []
+    for at in range(0, width, size):
+        columns, here = left[:, at : at + size].clone(), factor[at : at + size, at : at + size]
+        scale, offset = _parameters(columns, form, "search", importance[at : at + size])
+        chosen, errors = torch.empty_like(columns), torch.empty_like(columns)
+        for j in range(size):
+            code = _nearest(columns[:, j : j + 1], scale, offset, form)[:, 0]
+            error = (columns[:, j] - (code * scale + offset)) / here[j, j]
+            columns[:, j:] -= error[:, None] * here[j, j:]
+            chosen[:, j], errors[:, j] = code, error
+        left[:, at + size :] -= errors @ factor[at : at + size, at + size :]
+        scales.append(scale)
+        offsets.append(offset)
+        codes.append(chosen)
+    return torch.stack(scales, 1), torch.stack(offsets, 1), torch.stack(codes, 1)
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper triangular U [I, I] with U^T U = H^-1, H being damped until it has an inverse."""
+    diagonal = hessian.diagonal().double()
+    mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    for damping in (_DAMPING, 10 * _DAMPING, 1.0):
+        damped = hessian.double() + torch.eye(len(hessian), dtype=torch.float64) * (damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    raise ValueError("the inputs of a layer are not finite on the calibration rows")

@@ -1,0 +1,118 @@
+"""A model run block by block: the inputs of its linear layers are seen, and a block may change before the next runs.
+
+Source of the idea: GPTQ's reference code, which catches the inputs of the first block and walks on from there.
+"""
+
+# X [T, I] are the inputs of a linear layer over all rows
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.adapters.inject import linear_layers
+from lorafold.data.packs import Pack
+from lorafold.errors import FormatError
+from lorafold.models.load import LoadedModel
+
+
+class _Reached(Exception):
+    """The last block has been reached; nothing after it is needed."""
+
+
+class BlockWalk:
+    """Rows on their way through a model.
+
+    Attributes:
+        blocks: (name, module) of the model's blocks, in order.
+
+    Raises:
+        FormatError: the model has no list of blocks.
+    """
+
+    def __init__(self, loaded: LoadedModel, packs: Sequence[Pack]):
+        self.loaded = loaded
+        self.blocks = find_blocks(loaded.model)
+        self._hidden, self._options = self._first_inputs(packs)
+
+    @torch.no_grad()
+    def hessians(self, index: int) -> dict[str, Tensor]:
+        """X^T X [I, I] float32 of every linear layer of a block, by the layer's whole name; layers see one X alike."""
+        prefix, block = self.blocks[index]
+        sums: dict[str, Tensor] = {}
+        handles = []
+        for name, layer in linear_layers(block).items():
+            total = torch.zeros(layer.in_features, layer.in_features)
+            sums[f"{prefix}.{name}"] = total
+
+            def add(_module: nn.Module, args: tuple[Tensor, ...], total: Tensor = total) -> None:
+                x = args[0].flatten(0, -2).float()
+                total.addmm_(x.T, x)
+
+            handles.append(layer.register_forward_pre_hook(add))
+        try:
+            self._run(index)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return sums
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Take the rows through a block as it is now."""
+        self._hidden = self._run(index)
+
+    def _run(self, index: int) -> list[Tensor]:
+        block = self.blocks[index][1]
+        outputs = (block(x, **options) for x, options in zip(self._hidden, self._options[index], strict=True))
+        return [out[0] if isinstance(out, tuple) else out for out in outputs]
+
+    @torch.no_grad()
+    def _first_inputs(self, packs: Sequence[Pack]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+        """Inputs of the first block, and of every block the other arguments, for each pack."""
+        hidden: list[Tensor] = []
+        options: list[list[dict[str, Any]]] = [[] for _ in self.blocks]
+
+        def catch(index: int) -> Any:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if index == 0:
+                    hidden.append(args[0])
+                options[index].append({key: value for key, value in kwargs.items() if key != "hidden_states"})
+                if index == len(self.blocks) - 1:
+                    raise _Reached
+
+            return hook
+
+        handles = [
+            block.register_forward_pre_hook(catch(i), with_kwargs=True) for i, (_, block) in enumerate(self.blocks)
+        ]
+        try:
+            for batch in packs:
+                with contextlib.suppress(_Reached):
+                    self.loaded.model.base_model(
+                        input_ids=batch.ids[None],
+                        position_ids=batch.positions[None],
+                        segments=batch.segments,
+                        use_cache=False,
+                    )
+        finally:
+            for handle in handles:
+                handle.remove()
+        return hidden, options
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of a language model's blocks: the one list of modules as long as the config says.
+
+    Raises:
+        FormatError: there is no such list.
+    """
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return [(f"{name}.{i}", block) for i, block in enumerate(module)]
+    raise FormatError("this model has no list of blocks to be quantized one after the other")

@@ -1,0 +1,172 @@
+"""`lorafold quantize` from a 16-bit model to a folded file, and again after an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lorafold.data.packs import pack
+from lorafold.evals.llama_cpp import LlamaCpp
+from lorafold.evals.mlx_lm import MlxLm
+from lorafold.models.gguf_file import GGUFFile
+from lorafold.models.load import load
+from lorafold.quant.calibrate import quantize
+from lorafold.runs import quantize as runs_quantize
+from lorafold.runs.blocks import BlockWalk, find_blocks
+from tests.cli.conftest import quick
+from tests.practice import command, tiny_folder_of, token_rows
+from tests.tiny import tiny_gguf, tiny_ids
+
+Output = pytest.CaptureFixture[str]
+
+
+def _logits(path: Path) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = load(path).model(tiny_ids(40)).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama3", "qwen2", "qwen3", "gemma3"])
+def test_mlx_folders_run_in_mlx(architecture: str, tmp_path: Path, data: Path) -> None:
+    """Groups of 32 with 3 bits by GPTQ, an 8-bit embedding: read back here and by mlx-lm with the same logits."""
+    pytest.importorskip("mlx_lm")
+    source, out = tiny_folder_of(tmp_path / "source", architecture), tmp_path / "mlx3"
+    assert command("quantize", source, "-o", out, "--bits", 3, "--data", data) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["quantization"]["bits"], config["quantization"]["group_size"]) == (3, 32)
+    assert config["quantization"]["model.embed_tokens"]["bits"] == 8
+    ours = _logits(out).numpy()
+    with MlxLm(out) as runtime:
+        ((_, theirs),) = runtime.logits(tiny_ids(40)[0].tolist())
+    assert np.sqrt(np.mean((ours - theirs) ** 2)) < 0.02  # MLX computes in float16
+    assert not (tmp_path / "mlx3.partial").exists()
+
+
+def test_train_fold_and_verify_what_was_quantized(tmp_path: Path, data: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    source, base = tiny_folder_of(tmp_path / "source", "llama"), tmp_path / "mlx2"
+    assert command("quantize", source, "-o", base, "--bits", 2, "--embedding-bits", 16) == 0
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    assert command("train", base, "--data", data, "--output-dir", run, *quick("--learning-rate", 0.03)) == 0
+    assert command("fold", run, "-o", tuned) == 0
+    assert command("verify", tuned, "--run", run) == 0
+
+
+@pytest.mark.parametrize("bits", [4, 5])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_gguf_files_run_in_llama_cpp(architecture: str, bits: int, tmp_path: Path, data: Path) -> None:
+    source, out = tiny_gguf(tmp_path, architecture, "F16"), tmp_path / "out.gguf"
+    assert command("quantize", source, "-o", out, "--bits", bits, "--data", data) == 0
+    types = {name: info.type for name, info in GGUFFile(out).tensors.items() if len(info.shape) == 2}
+    assert types.pop("token_embd.weight") == "Q8_0"
+    assert set(types.values()) == {f"Q{bits}_1"}
+    ids = tiny_ids(40)[0].tolist()
+    with LlamaCpp(out, n_ctx=64) as engine:
+        rows = [logits for _, logits in engine.logits(ids)]
+    assert np.sqrt(np.mean((np.concatenate(rows) - _logits(out).numpy()) ** 2)) < 0.05  # 8-bit activations there
+
+
+def test_calibrated_by_the_inputs_that_the_layers_see(tmp_path: Path) -> None:
+    """Each block's Hessians are those of the inputs that come out of the quantized blocks before it."""
+    folder = tiny_folder_of(tmp_path / "source", "llama")
+    rows = token_rows(6)
+    done = runs_quantize.quantize_model(
+        load(folder), rows, runs_quantize.QuantizeConfig(bits=2, embedding_bits=16), tmp_path / "out", lambda _: None
+    )
+    assert done.method == "gptq"
+    result = load(tmp_path / "out").model
+    original = dict(load(folder).model.named_modules())
+    for index in (0, 1):
+        name = f"model.layers.{index}.self_attn.q_proj"
+        inputs: list[torch.Tensor] = []
+        hook = result.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, seen=inputs: seen.append(args[0][0])
+        )
+        with torch.no_grad():
+            for row in rows:
+                result(torch.tensor(row.ids)[None])
+        hook.remove()
+        x = torch.cat(inputs)
+        packed = result.get_submodule(name).packed  # type: ignore[union-attr]
+        again = quantize(original[name].weight, packed.codec, "gptq", x.T @ x)  # type: ignore[arg-type, union-attr]
+        same = packed.format.codes(again.blocks) == packed.format.codes(packed.blocks)
+        assert same.float().mean() > 0.99  # embedding and norms are float16 in the result
+
+
+def test_it_goes_on_where_it_stopped(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    source = tiny_folder_of(tmp_path / "source", "llama")
+    arguments = ("quantize", source, "--bits", 3, "--data", data)
+    assert command(*arguments, "-o", tmp_path / "whole") == 0
+    real, calls = quantize, []
+
+    def stop_in_the_second_block(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runs_quantize, "quantize", stop_in_the_second_block)
+    assert command(*arguments, "-o", tmp_path / "out") == 130
+    assert not (tmp_path / "out").exists()
+    assert command("quantize", source, "--bits", 4, "--data", data, "-o", tmp_path / "out") == 2
+    assert "blocks of another quantization" in capsys.readouterr().err
+    calls.clear()
+    calls += [()] * 10
+    assert command(*arguments, "-o", tmp_path / "out") == 0
+    assert len(calls) == 10 + 7 + 7 + 1  # two of three blocks and the embedding
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
+def test_a_damaged_block_is_made_again(tmp_path: Path) -> None:
+    work = runs_quantize._Work(tmp_path / "out", load(tiny_folder_of(tmp_path / "m", "llama")), None, {})
+    (tmp_path / "out.partial" / "block-0000.safetensors").write_bytes(b"no")
+    assert work.read(0, {}, "Q4_1") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--group-size", 128), "groups of 32 fit"),
+        (("--method", "gptq"), "--data"),
+        (("--bits", 7), "7"),
+        (("--calibration-rows", 0), "calibration_rows is 0"),
+    ],
+)
+def test_refusals(options: tuple[object, ...], message: str, tmp_path: Path, capsys: Output) -> None:
+    source = tiny_folder_of(tmp_path / "source", "llama")
+    assert command("quantize", source, "-o", tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_gguf_refusals(tmp_path: Path, capsys: Output) -> None:
+    """All that a GGUF file cannot hold is named at once; its metadata must come from a GGUF file."""
+    source = tiny_gguf(tmp_path, "llama", "F16")
+    options = ("--bits", 3, "--group-size", 64, "--embedding-bits", 2)
+    assert command("quantize", source, "-o", tmp_path / "out.gguf", *options) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in ("bits is 3", "group_size is 64", "embedding_bits is 2"))
+    folder = tiny_folder_of(tmp_path / "source", "llama")
+    assert command("quantize", folder, "-o", tmp_path / "out.gguf") == 2
+    assert "16-bit GGUF" in capsys.readouterr().err
+
+
+def test_blocks_are_walked_as_the_model_runs(tmp_path: Path) -> None:
+    """The rows that leave the last block are the hidden states of the whole model before its last norm."""
+    loaded = load(tiny_folder_of(tmp_path / "m", "gemma3"))
+    rows = token_rows(3)
+    walk = BlockWalk(loaded, [pack([row]) for row in rows])
+    for index in range(len(find_blocks(loaded.model))):
+        walk.advance(index)
+    with torch.no_grad():
+        for row, hidden in zip(rows, walk._hidden, strict=True):
+            whole = loaded.model(torch.tensor(row.ids)[None], output_hidden_states=True)
+            normed = loaded.model.base_model.norm(hidden)  # type: ignore[operator]
+            torch.testing.assert_close(normed, whole.hidden_states[-1])
