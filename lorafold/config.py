@@ -165,6 +165,10 @@ class QuantizeConfig:
     """How a model is quantized.
 
     Attributes:
+        format: `affine` (scale and offset for each group: what QA-LoRA trains), or what bitsandbytes makes, for QLoRA:
+            `nf4` (4 bits in blocks of 64) or `int8` (a scale for each row); these two take no other option but
+            use_double_quant and write a folder that transformers reads.
+        use_double_quant: nf4: quantize the scales as well (4.13 bits a weight for 4.5).
         bits: of a code; 2, 3, 4, 5, 6 or 8 in an MLX folder, 4 or 5 in a GGUF file (Q4_1, Q5_1).
         group_size: weights that share a scale and an offset; 32, 64 or 128 in an MLX folder, 32 in a GGUF file.
         method: `rtn` (round to nearest), `search` (the scale and offset of least squared error), or `gptq`
@@ -174,6 +178,8 @@ class QuantizeConfig:
         stored: type of scales and offsets in an MLX folder, and of everything that is not quantized there.
     """
 
+    format: Literal["affine", "nf4", "int8"] = "affine"
+    use_double_quant: bool = True
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
     group_size: Literal[32, 64, 128] = 32
     method: Literal["rtn", "search", "gptq"] | None = None

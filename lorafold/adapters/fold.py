@@ -16,12 +16,12 @@ from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.inject import AdaptedLinear, adapted_layers
 from lorafold.adapters.lora import LoRA
 from lorafold.errors import FoldError, bullet_list
-from lorafold.quant.codecs import CODECS
+from lorafold.quant.codecs import CODECS, GGUF_CODECS
 from lorafold.quant.linear import QuantLinear
 from lorafold.quant.weight import QuantizedWeight, encode, steps_apart
 
 LEAST_KEPT = 0.99  # a fold that keeps less of an update than this is refused
-ENCODABLE = [name for name, codec in CODECS.items() if codec.encodes]
+ENCODABLE = [name for name, codec in GGUF_CODECS.items() if codec.encodes]
 SMALL_UPDATE = (
     "\nan update this small hardly moves what the file can store: train longer or with a higher rate. Training saw "
     "the same rounding, so the file would still be what was trained; --lossy writes it"

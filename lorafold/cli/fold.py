@@ -12,7 +12,7 @@ def fold(
     run: Path,
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    to: Literal["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"] | None = None,
+    to: Literal["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "nf4", "int8"] | None = None,
     lossy: bool = False,
     overwrite: bool = False,
 ) -> None:

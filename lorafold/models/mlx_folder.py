@@ -10,43 +10,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lorafold.errors import FormatError, bullet_list
 from lorafold.files import replacing_folder
-from lorafold.models.tensors import save_tensors
+from lorafold.models.tensors import SafetensorsFolder, save_tensors
 from lorafold.quant.codecs import CODECS
-from lorafold.quant.linear import QuantLinear
+from lorafold.quant.linear import plain_parameters
 from lorafold.quant.mlx import BITS, GROUPS, STORED, mlx_codec
 from lorafold.quant.weight import QuantizedWeight
 
 CONFIG = "config.json"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U32": torch.uint32}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One entry of a safetensors header.
-
-    Attributes:
-        file: the file it lies in.
-        kind: type name, a key of `_DTYPES`.
-        shape: its dimensions.
-        start, end: its bytes, counted from the beginning of the file.
-    """
-
-    file: Path
-    kind: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 def is_mlx(path: Path) -> bool:
@@ -58,7 +37,7 @@ def is_mlx(path: Path) -> bool:
     return isinstance(config, dict) and isinstance(config.get("quantization"), dict)
 
 
-class MLXFolder:
+class MLXFolder(SafetensorsFolder):
     """A mapped MLX folder.
 
     Attributes:
@@ -66,25 +45,20 @@ class MLXFolder:
         config: config.json without the keys about quantization.
         tensors: name -> where it lies.
         quantized: layers with codes -> name of their codec.
+        beside: tensors that belong to the weight of a quantized layer.
 
     Raises:
         FormatError: files are damaged, or a layer is quantized in a way that is not supported; all faults are named.
     """
 
     def __init__(self, path: Path):
-        self.path = path
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         self._quantization = config.pop("quantization")
         config.pop("quantization_config", None)
         self.config: dict[str, Any] = config
-        self._maps: dict[Path, np.ndarray] = {}
-        self.tensors: dict[str, StoredTensor] = {}
-        for file in sorted(path.glob("model*.safetensors")):
-            self._maps[file] = np.memmap(file, np.uint8, mode="c")
-            self.tensors |= _read_header(file, self._maps[file])
-        if not self.tensors:
-            raise FormatError(f"{path} holds no model*.safetensors file")
+        super().__init__(path)
         self.quantized: dict[str, str] = {}
+        self.beside: set[str] = set()
         faults = []
         for name in self.tensors:
             if name.endswith(".scales"):
@@ -109,23 +83,8 @@ class MLXFolder:
         if len(weight.shape) != 2 or scales.shape != (weight.shape[0], groups) or biases.shape != scales.shape:
             return f"shapes {weight.shape}, {scales.shape}, {biases.shape} do not fit {bits} bits in groups of {group}"
         self.quantized[layer] = mlx_codec(bits, group, scales.kind)
+        self.beside |= {f"{layer}.scales", f"{layer}.biases"}
         return None
-
-    def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor, uint8, a view of the mapped file (writing to it changes no file)."""
-        stored = self.tensors[name]
-        return self._maps[stored.file][stored.start : stored.end]
-
-    def dense(self, name: str) -> Tensor:
-        """A copy of a tensor of plain numbers.
-
-        Raises:
-            FormatError: it is of another type.
-        """
-        stored = self.tensors[name]
-        if stored.kind not in STORED:
-            raise FormatError(f"{self.path}: {name} is stored as {stored.kind}; it must be {', '.join(STORED)}")
-        return torch.from_numpy(self.raw(name).copy()).view(_DTYPES[stored.kind]).reshape(stored.shape)
 
     def packed(self, layer: str) -> QuantizedWeight:
         """A quantized layer; its bytes are brought together block by block."""
@@ -134,24 +93,6 @@ class MLXFolder:
         parts = [torch.from_numpy(self.raw(f"{layer}.{part}")) for part in ("scales", "biases", "weight")]
         blocks = torch.cat([part.reshape(rows, groups, -1) for part in parts], dim=-1)
         return QuantizedWeight(codec.name, (rows, groups * codec.group_size), blocks)
-
-
-def _read_header(file: Path, data: np.ndarray) -> dict[str, StoredTensor]:
-    try:
-        length = int.from_bytes(bytes(data[:8]), "little")
-        header = json.loads(bytes(data[8 : 8 + length]))
-        found = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = (8 + length + at for at in entry["data_offsets"])
-                shape = tuple(int(n) for n in entry["shape"])
-                size = _DTYPES[entry["dtype"]].itemsize * int(np.prod(shape, dtype=np.int64))
-                if not 8 + length <= start <= end <= len(data) or end - start != size:
-                    raise ValueError(f"the bytes of {name} lie outside the file")
-                found[name] = StoredTensor(file, entry["dtype"], shape, start, end)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{file} is damaged: {error}") from None
-    return found
 
 
 def create_mlx(
@@ -173,7 +114,7 @@ def create_mlx(
     Raises:
         OutputError: it cannot be written.
     """
-    tied = {"lm_head"} if model.config.tie_word_embeddings else set()
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     tensors: dict[str, Tensor] = {}
     overrides: dict[str, Any] = {}
     for name, weight in quantized.items():
@@ -184,13 +125,9 @@ def create_mlx(
         tensors[f"{name}.weight"] = blocks[..., codec.codes_at :].flatten(1).contiguous().view(torch.uint32)
         if weight.codec != default.codec:
             overrides[name] = {"group_size": codec.group_size, "bits": codec.bits}
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, QuantLinear) and module.bias is not None:
-            own["bias"] = nn.Parameter(module.bias, requires_grad=False)
-        for key, value in own.items():
-            if name not in tied and f"{name}.{key}" not in tensors:
-                tensors[f"{name}.{key}"] = value.detach().to(dtype).contiguous()
+    for name, value in plain_parameters(model):
+        if name not in tied and name not in tensors:
+            tensors[name] = value.to(dtype).contiguous()
     groups = {"group_size": default.format.group_size, "bits": default.format.bits}
     config = mlx_config(model.config) | {"quantization": groups | overrides}
     with replacing_folder(path) as temporary:

@@ -1,14 +1,96 @@
-"""Writing safetensors files."""
+"""Safetensors files: written whole, and mapped, to take out tensors as they are wanted."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorafold.errors import FormatError
 from lorafold.files import default_mode
+
+NUMBERS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_DTYPES = {**NUMBERS, "U32": torch.uint32, "U8": torch.uint8, "I8": torch.int8}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One entry of a safetensors header.
+
+    Attributes:
+        file: the file it lies in.
+        kind: type name, a key of `_DTYPES`.
+        shape: its dimensions.
+        start, end: its bytes, counted from the beginning of the file.
+    """
+
+    file: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class SafetensorsFolder:
+    """The model*.safetensors files of a folder, mapped.
+
+    Attributes:
+        path: the folder.
+        tensors: name -> where it lies.
+
+    Raises:
+        FormatError: there are no such files, or one is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._maps: dict[Path, np.ndarray] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in sorted(path.glob("model*.safetensors")):
+            self._maps[file] = np.memmap(file, np.uint8, mode="c")
+            self.tensors |= _read_header(file, self._maps[file])
+        if not self.tensors:
+            raise FormatError(f"{path} holds no model*.safetensors file")
+
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of a tensor, uint8, a view of the mapped file (writing to it changes no file)."""
+        stored = self.tensors[name]
+        return self._maps[stored.file][stored.start : stored.end]
+
+    def dense(self, name: str) -> Tensor:
+        """A copy of a tensor of plain numbers.
+
+        Raises:
+            FormatError: it is of another type.
+        """
+        stored = self.tensors[name]
+        if stored.kind not in NUMBERS:
+            raise FormatError(f"{self.path}: {name} is stored as {stored.kind}; it must be {', '.join(NUMBERS)}")
+        return torch.from_numpy(self.raw(name).copy()).view(_DTYPES[stored.kind]).reshape(stored.shape)
+
+
+def _read_header(file: Path, data: np.ndarray) -> dict[str, StoredTensor]:
+    try:
+        length = int.from_bytes(bytes(data[:8]), "little")
+        header = json.loads(bytes(data[8 : 8 + length]))
+        found = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = (8 + length + at for at in entry["data_offsets"])
+                shape = tuple(int(n) for n in entry["shape"])
+                size = _DTYPES[entry["dtype"]].itemsize * int(np.prod(shape, dtype=np.int64))
+                if not 8 + length <= start <= end <= len(data) or end - start != size:
+                    raise ValueError(f"the bytes of {name} lie outside the file")
+                found[name] = StoredTensor(file, entry["dtype"], shape, start, end)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{file} is damaged: {error}") from None
+    return found
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None) -> None:

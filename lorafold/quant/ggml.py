@@ -164,6 +164,14 @@ class Codec:
         """What `decode` computes, in torch operations."""
         return (self.levels(blocks) * scale[..., None] + offset[..., None]).flatten(1).to(dtype)
 
+    def nested_scale(self, blocks: Tensor, extra: Tensor) -> Tensor:
+        """Scales float32 [O, G] of a format that keeps a part of them beside its blocks."""
+        raise NotImplementedError(f"{self.name} keeps its scales in its blocks")
+
+    def encode_with_extra(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Blocks of the dense matrix [O, 32 G], and the numbers that belong to many of them, if there are such."""
+        return self.encode(weight), None
+
     def encode(self, weight: Tensor) -> Tensor:
         """Blocks of the dense matrix [O, 32 G], by ggml's reference quantizer (quantize_row_*_ref)."""
         groups = weight.float().unflatten(1, (-1, GROUP))

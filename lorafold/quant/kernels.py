@@ -18,6 +18,12 @@ from torch import Tensor
 
 # kvalues_iq4nl of ggml-common.h
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# quantiles of the normal distribution (QLoRA, arXiv 2305.14314, appendix E)
+NF4_VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 _MOST_THREADS: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
@@ -305,6 +311,31 @@ def _mlx_kernels(name: str) -> tuple:
     return _mlx_float32, _mlx_bfloat16, n, at, n, int(bits)
 
 
+@njit(inline="always")
+def _block_nf4(raw, s, at, values, w):
+    for j in range(32):
+        byte = raw[at + j]
+        w[2 * j] = values[byte >> 4] * s
+        w[2 * j + 1] = values[byte & 15] * s
+
+
+@njit(parallel=True, cache=True)
+def _nf4_float32(raw, scale, offset, at, values, out):  # noqa: ARG001 (one signature for all)
+    for r in prange(raw.shape[0]):
+        for g in range(raw.shape[1]):
+            _block_nf4(raw[r, g], scale[r, g], at, values, out[r, g * 64 : g * 64 + 64])
+
+
+@njit(parallel=True, cache=True)
+def _nf4_bfloat16(raw, scale, offset, at, values, out):  # noqa: ARG001
+    for r in prange(raw.shape[0]):
+        w = np.empty(64, np.float32)
+        bits = w.view(np.uint32)
+        for g in range(raw.shape[1]):
+            _block_nf4(raw[r, g], scale[r, g], at, values, w)
+            round_bfloat16(bits, out[r, g * 64 : g * 64 + 64])
+
+
 _KERNELS = {  # format -> kernels for float32 and bfloat16, weights of a block, and what else they take
     "Q4_0": (_q4_float32, _q4_bfloat16, 32, 8, 2),  # the code of zero, and the byte at which codes begin
     "Q4_1": (_q4_float32, _q4_bfloat16, 32, 0, 4),
@@ -312,6 +343,8 @@ _KERNELS = {  # format -> kernels for float32 and bfloat16, weights of a block, 
     "Q5_1": (_q5_float32, _q5_bfloat16, 32, 0, 4),
     "Q8_0": (_q8_float32, _q8_bfloat16, 32, 0, 2),
     "IQ4_NL": (_iq4nl_float32, _iq4nl_bfloat16, 32, np.array(IQ4_NL_VALUES, np.float32)),
+    "NF4": (_nf4_float32, _nf4_bfloat16, 64, 4, np.array(NF4_VALUES, np.float32)),
+    "NF4-DQ": (_nf4_float32, _nf4_bfloat16, 64, 1, np.array(NF4_VALUES, np.float32)),
     "Q2_K": (_k_float32, _k_bfloat16, 256, 2, 16),  # bits of a code, and groups of a block
     "Q3_K": (_k_float32, _k_bfloat16, 256, 3, 16),
     "Q4_K": (_k_float32, _k_bfloat16, 256, 4, 8),

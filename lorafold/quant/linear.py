@@ -70,21 +70,23 @@ class _Packed(nn.Module):
     """A module around one packed matrix; `.to(device)` moves its blocks, casts leave them alone."""
 
     blocks: Tensor
+    extra: Tensor | None
 
     def __init__(self, weight: QuantizedWeight):
         super().__init__()
         self.codec = weight.codec
         self.shape = weight.shape
         self.register_buffer("blocks", weight.blocks, persistent=False)
+        self.register_buffer("extra", weight.extra, persistent=False)
 
     @property
     def packed(self) -> QuantizedWeight:
         """The matrix as stored."""
-        return QuantizedWeight(self.codec, self.shape, self.blocks)
+        return QuantizedWeight(self.codec, self.shape, self.blocks, self.extra)
 
     @packed.setter
     def packed(self, weight: QuantizedWeight) -> None:
-        self.codec, self.shape, self.blocks = weight.codec, weight.shape, weight.blocks
+        self.codec, self.shape, self.blocks, self.extra = weight.codec, weight.shape, weight.blocks, weight.extra
 
 
 class QuantLinear(_Packed):
@@ -149,6 +151,15 @@ class QuantEmbedding(_Packed):
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
         return f"{self.shape[0]} x {self.shape[1]}, {self.codec}"
+
+
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of every parameter that is stored as plain numbers, the biases of packed layers among them."""
+    for path, module in model.named_modules():
+        for key, value in module.named_parameters(recurse=False):
+            yield f"{path}.{key}", value.detach()
+        if isinstance(module, QuantLinear) and module.bias is not None:
+            yield f"{path}.bias", module.bias
 
 
 @contextlib.contextmanager

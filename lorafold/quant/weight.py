@@ -19,11 +19,13 @@ class QuantizedWeight:
         codec: the format's name, a key of `CODECS`, such as `"Q4_1"`.
         shape: (out, in) of the decoded matrix.
         blocks: uint8 [out, groups, block_bytes], row-major, byte for byte what the file holds.
+        extra: float32 numbers that belong to many blocks, in formats that have such (NF4-DQ).
     """
 
     codec: str
     shape: tuple[int, int]
     blocks: Tensor
+    extra: Tensor | None = None
 
     @property
     def format(self) -> Codec:
@@ -33,21 +35,25 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed matrix."""
-        return self.blocks.numel()
+        return self.blocks.numel() + (0 if self.extra is None else 4 * self.extra.numel())
 
     def decode(
         self, dtype: torch.dtype = torch.float32, offset: Tensor | None = None, scale: Tensor | None = None
     ) -> Tensor:
         """Dense [out, in] in `dtype`; `offset` and `scale` [out, groups] replace the stored ones."""
+        if scale is None and self.extra is not None:
+            scale = self.format.nested_scale(self.blocks, self.extra)
         return self.format.decode(self.blocks, dtype, offset, scale)
 
     def rows(self, index: Tensor) -> QuantizedWeight:
         """The matrix with rows taken in the order of `index` [n]; groups run along a row, so they stay whole."""
+        assert self.extra is None
         return QuantizedWeight(self.codec, (index.numel(), self.shape[1]), self.blocks[index])
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same bytes on another device."""
-        return QuantizedWeight(self.codec, self.shape, self.blocks.to(device))
+        extra = None if self.extra is None else self.extra.to(device)
+        return QuantizedWeight(self.codec, self.shape, self.blocks.to(device), extra)
 
 
 def encode(weight: Tensor, codec: str) -> QuantizedWeight:
@@ -60,8 +66,8 @@ def encode(weight: Tensor, codec: str) -> QuantizedWeight:
         raise ValueError(f"{codec} is read here; llama.cpp's quantizer makes it from dense weights")
     if not torch.isfinite(weight).all():
         raise ValueError("a weight is not finite and cannot be quantized")
-    out, width = weight.shape
-    return QuantizedWeight(codec, (out, width), CODECS[codec].encode(weight))
+    blocks, extra = CODECS[codec].encode_with_extra(weight)
+    return QuantizedWeight(codec, (weight.shape[0], weight.shape[1]), blocks, extra)
 
 
 def promote(weight: QuantizedWeight) -> QuantizedWeight:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from lorafold.adapters.fold import (
     LEAST_KEPT,
@@ -18,21 +19,24 @@ from lorafold.adapters.fold import (
     merged_weight,
     requantize,
 )
-from lorafold.adapters.inject import adapted_layers
+from lorafold.adapters.inject import adapted_layers, linear_layers
 from lorafold.errors import FoldError, bullet_list
 from lorafold.files import replacing_folder
 from lorafold.models.adapter_files import load_adapter
+from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.gguf_file import DENSE
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import LoadedModel, load
 from lorafold.models.mlx_folder import MLXFolder, write_mlx
 from lorafold.models.tensors import save_tensors
-from lorafold.quant.codecs import CODECS
+from lorafold.quant.codecs import GGUF_CODECS
 from lorafold.quant.linear import QuantLinear
+from lorafold.quant.weight import QuantizedWeight, encode
 from lorafold.runs.folder import Run
 
 DENSE_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-TARGETS = (*DENSE_TYPES, *(name.lower() for name in CODECS if CODECS[name].encodes))
+TARGETS = (*DENSE_TYPES, *(name.lower() for name in GGUF_CODECS if GGUF_CODECS[name].encodes))
+BNB_TARGETS = {"nf4": "NF4-DQ", "int8": "INT8"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
         raise FoldError(f"{path} is the base of this run, without which it cannot be used again; choose another output")
     if loaded.mlx is not None:
         return _fold_mlx(loaded, loaded.mlx, path, to, lossy)
+    if loaded.bnb is not None:
+        return _fold_bnb(loaded, path, to, lossy)
     if loaded.gguf is None:
         return _fold_folder(loaded, path, to, lossy)
     if run.config.adapter.method == "qa-lora" and to in (None, _own_type(loaded)):
@@ -189,6 +195,55 @@ def _dense_tensors(loaded: LoadedModel, to: str, lossy: bool) -> tuple[dict[str,
     report = _dense_report(kept, loaded.path.stat().st_size)
     _refuse_loss(report, lossy)
     return replaced, report
+
+
+@torch.no_grad()
+def _fold_bnb(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> FoldReport:
+    """Merge a LoRA run on NF4 or 8-bit weights into a 16-bit folder, or quantize again with loss.
+
+    Every quantized layer is written as it was computed with, adapted or not.
+    """
+    assert loaded.bnb is not None
+    if to not in (None, *DENSE_TYPES, *BNB_TARGETS):
+        raise FoldError(f"a bitsandbytes folder is written in {', '.join((*DENSE_TYPES, *BNB_TARGETS))}, not {to}")
+    adapters = dict(adapted_layers(loaded.model))
+    codec, dtype = BNB_TARGETS.get(to or ""), DENSE_TYPES.get(to or "bf16", torch.bfloat16)
+    packed: dict[str, QuantizedWeight] = {}
+    dense: dict[str, torch.Tensor] = {}
+    kept: list[float] = []
+    for name, layer in linear_layers(loaded.model).items():
+        if name not in adapters and not isinstance(layer, QuantLinear):
+            continue
+        before = base_weight(layer)
+        wanted = merged_weight(adapters[name]) if name in adapters else before
+        if codec and name not in adapters and isinstance(layer, QuantLinear):
+            packed[name] = layer.packed
+        elif codec:
+            packed[name] = encode(wanted, codec)
+        else:
+            dense[name] = wanted.to(dtype)
+        if name in adapters:
+            stored = packed[name].decode() if codec else dense[name].float()
+            kept.append(kept_fraction(stored - before, wanted - before))
+    report = _dense_report(kept, _size(loaded.path))
+    _refuse_loss(report, lossy)
+    plain = {name: _plain_layer(layer, dense.get(name)) for name, layer in linear_layers(loaded.model).items()}
+    for name, layer in plain.items():
+        loaded.model.set_submodule(name, layer)
+    create_bnb(path, loaded.model, loaded.tokenizer, packed, dtype)
+    return _sized(report, path)
+
+
+def _plain_layer(layer: nn.Linear | QuantLinear, weight: torch.Tensor | None) -> nn.Module:
+    """The layer without adapters; dense where a weight is given."""
+    if weight is None:
+        return layer
+    bias = layer.bias
+    plain = nn.Linear(layer.in_features, layer.out_features, bias is not None, dtype=weight.dtype)
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias, requires_grad=False)
+    return plain
 
 
 def _dense_report(kept: list[float], size: int) -> FoldReport:

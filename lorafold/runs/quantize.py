@@ -20,10 +20,12 @@ from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens
 from lorafold.errors import FormatError, bullet_list
 from lorafold.files import OutputError, replacing, write_text
+from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import LoadedModel
 from lorafold.models.mlx_folder import create_mlx
 from lorafold.models.tensors import save_tensors
+from lorafold.quant.bnb import BLOCK
 from lorafold.quant.calibrate import Method, quantize
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
@@ -114,6 +116,8 @@ def quantize_model(
         OutputError: the output cannot be written; nothing is left but the finished blocks.
     """
     gguf = output.suffix == ".gguf"
+    if config.format != "affine":
+        return _quantize_bnb(loaded, config, output, progress)
     if gguf and loaded.gguf is None:
         raise FormatError(
             f"{output} would be a GGUF file, whose metadata come from the model's own, and {loaded.path} is none; "
@@ -161,6 +165,32 @@ def quantize_model(
     size = sum(f.stat().st_size for f in output.iterdir()) if output.is_dir() else output.stat().st_size
     bits = 8 * sum(weight.nbytes for weight in quantized.values())
     return QuantizeReport(method, codec, errors.count, bits / errors.count, errors.relative, size)
+
+
+def _quantize_bnb(
+    loaded: LoadedModel, config: QuantizeConfig, output: Path, progress: Callable[[int], None]
+) -> QuantizeReport:
+    """All linear layers but the head, as bitsandbytes does; nothing else is quantized."""
+    if output.suffix == ".gguf":
+        raise FormatError(f"{output}: {config.format} is a format of transformers folders; name a folder")
+    codec = "INT8" if config.format == "int8" else "NF4-DQ" if config.use_double_quant else "NF4"
+    layers = {name: layer for name, layer in linear_layers(loaded.model).items() if name not in HEADS}
+    wrong = [f"{n}: rows of {x.in_features}" for n, x in layers.items() if codec != "INT8" and x.in_features % BLOCK]
+    if wrong:
+        raise FormatError(f"{len(wrong)} matrices do not divide into blocks of {BLOCK}:\n" + bullet_list(wrong[:3]))
+    errors, quantized = _Errors(), {}
+    for prefix, block in find_blocks(loaded.model):
+        for name in linear_layers(block):
+            dense = _dense(layers[f"{prefix}.{name}"])
+            quantized[f"{prefix}.{name}"] = encode(dense, codec)
+            errors.add(dense, quantized[f"{prefix}.{name}"])
+        progress(1)
+    for name, dense in _outer_matrices(loaded.model):
+        loaded.model.get_submodule(name).weight = nn.Parameter(dense, requires_grad=False)  # type: ignore[assignment]
+    create_bnb(output, loaded.model, loaded.tokenizer, quantized, getattr(torch, config.stored))
+    bits = 8 * sum(weight.nbytes for weight in quantized.values()) / errors.count
+    size = sum(f.stat().st_size for f in output.iterdir())
+    return QuantizeReport("nearest value", codec, errors.count, bits, errors.relative, size)
 
 
 def _refuse_shapes(model: nn.Module, group: int, embedding: bool) -> None:
