@@ -28,17 +28,22 @@ def quantize(
         output: .gguf file or MLX folder to write.
         overwrite: replace an existing output.
     """
+    from lorafold.errors import ConfigError
     from lorafold.files import check_output
-    from lorafold.models.load import compute_dtype, load
+    from lorafold.models.load import load
     from lorafold.runs import display as shown
     from lorafold.runs.blocks import find_blocks
     from lorafold.runs.prepare import all_rows
     from lorafold.runs.quantize import quantize_model
 
     config = options or QuantizeConfig()
+    if rows is not None and (config.format != "affine" or config.method == "rtn"):
+        raise ConfigError(
+            f"data is for calibration, which {config.method or config.format} does not need; leave it out"
+        )
     check_output(output, overwrite)
     display = shown.Display()
-    loaded = load(model, compute_dtype())
+    loaded = load(model)
     tokens = None
     if rows is not None:
         tokenized = all_rows(rows, loaded.tokenizer)
@@ -47,4 +52,5 @@ def quantize(
     with display.bar("blocks", len(find_blocks(loaded.model))) as done:
         report = quantize_model(loaded, tokens, config, output, done)
     shown.output(f"{output}: {report.describe()}")
-    shown.output(f"next: lorafold train {output} --data ...")
+    method = "" if config.format == "affine" else " --method lora"
+    shown.output(f"next: lorafold train {output}{method} --data ...")

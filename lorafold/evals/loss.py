@@ -76,16 +76,19 @@ def pack_loss(loaded: LoadedModel, batch: Pack) -> Tensor:
     return _general_loss(model, head, hidden_states(loaded, batch), batch.targets)
 
 
+def logits_of(model: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits float32 [S, V] of hidden states [S, H], with what some architectures do to them after the head."""
+    config, logits = model.config, head(hidden).float()
+    cap = getattr(config, "final_logit_softcapping", None)
+    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
 def _general_loss(model: nn.Module, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """The same for a head that is trained or changes its logits: each chunk is computed again in the backward pass."""
-    config = model.config
 
     def chunk_loss(part: Tensor, target: Tensor) -> Tensor:
-        logits = head(part).float()
-        cap = getattr(config, "final_logit_softcapping", None)
-        logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-        logits = torch.tanh(logits / cap) * cap if cap else logits
-        return F.cross_entropy(logits, target, reduction="sum")
+        return F.cross_entropy(logits_of(model, head, part), target, reduction="sum")
 
     total = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, len(targets), _CHUNK):

@@ -33,8 +33,9 @@ def is_bnb(path: Path) -> bool:
     """Whether a folder holds a model quantized by bitsandbytes."""
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        return config["quantization_config"]["quant_method"] == _METHOD
-    except (OSError, ValueError, KeyError, TypeError):
+        stated = config["quantization_config"]
+        return stated.get("quant_method", _METHOD) == _METHOD and bool({"load_in_4bit", "load_in_8bit"} & stated.keys())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -65,11 +66,17 @@ class BnbFolder(SafetensorsFolder):
                 faults += [f"{layer}: {fault}"] if fault else []
             elif name.endswith(".SCB"):
                 layer = name.removesuffix(".SCB")
-                self.quantized[layer] = "INT8"
-                self.beside |= {name, f"{layer}.weight_format"}
+                fault = self._add_int8(layer)
+                faults += [f"{layer}: {fault}"] if fault else []
         self.beside &= self.tensors.keys()
         if faults:
             raise FormatError(f"{path}: these layers cannot be read:\n" + bullet_list(faults[:10]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its plain numbers are stored and its 16-bit version is written."""
+        name = str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.")
+        return {"float16": torch.float16, "float32": torch.float32}.get(name, torch.bfloat16)
 
     def _add_nf4(self, layer: str, name: str) -> str | None:
         try:
@@ -79,6 +86,8 @@ class BnbFolder(SafetensorsFolder):
             return f"its state is damaged: {error}"
         if kind != "nf4" or size != BLOCK or nested not in (None, NESTED):
             return f"{kind} in blocks of {size} is not supported yet (nf4 in blocks of {BLOCK} is)"
+        if nested and not isinstance(state.get("nested_offset"), float | int):
+            return "it lacks nested_offset"
         if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
             return f"its shape {shape} is that of no matrix"
         if shape[1] % BLOCK:
@@ -100,6 +109,19 @@ class BnbFolder(SafetensorsFolder):
         self.quantized[layer] = "NF4-DQ" if nested else "NF4"
         self.beside |= {name, *beside}
         self._states[layer] = state
+        return None
+
+    def _add_int8(self, layer: str) -> str | None:
+        weight, scale = self.tensors.get(f"{layer}.weight"), self.tensors[f"{layer}.SCB"]
+        if weight is None or weight.kind != "I8" or len(weight.shape) != 2:
+            return "it has SCB, but no matrix of 8-bit numbers"
+        if scale.kind != "F32" or scale.shape != weight.shape[:1]:
+            return f"its SCB is {scale.kind} {scale.shape}; it must hold a float32 for each of {weight.shape[0]} rows"
+        order = f"{layer}.weight_format"
+        if order in self.tensors and self.raw(order).any():
+            return "its rows are permuted for an old kernel (weight_format is not row); save it again with bitsandbytes"
+        self.quantized[layer] = "INT8"
+        self.beside |= {f"{layer}.SCB", order}
         return None
 
     def packed(self, layer: str) -> QuantizedWeight:
@@ -131,14 +153,17 @@ def create_bnb(
 
     Raises:
         OutputError: it cannot be written.
+        FormatError: a parameter is too large for `dtype`.
     """
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     tensors: dict[str, Tensor] = {}
     for name, weight in quantized.items():
         tensors |= {f"{name}.{part}": value for part, value in _layer_tensors(weight, dtype).items()}
-    for name, value in plain_parameters(model):
-        if name not in tied and name not in tensors:
-            tensors[name] = value.to(dtype).contiguous()
+    try:
+        plain = plain_parameters(model, dtype)
+    except ValueError as error:
+        raise FormatError(f"{path} is not written: {error}") from None
+    tensors |= {name: value for name, value in plain.items() if name not in tied and name not in tensors}
     kinds = {weight.codec for weight in quantized.values()}
     config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     if quantized:

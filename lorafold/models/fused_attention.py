@@ -103,7 +103,8 @@ def attention_forward(
         )
     q, k, v = (project(hidden_states)[0] for project in (module.q_proj, module.k_proj, module.v_proj))
     cos, sin = (x.expand(1, *x.shape[1:])[0] for x in position_embeddings)
-    owner = module if hasattr(module, "sliding_window") else module.config  # Qwen2 says it layer by layer
+    assert len(hidden_states) == 1  # rows lie end to end
+    owner = module.config if type(module).__name__ == "MistralAttention" else module  # Qwen2 says it layer by layer
     window = getattr(owner, "sliding_window", None)
     out = _PackAttention.apply(q, k, v, cos, sin, segments, module.scaling, window or MOST_TOKENS)
     return module.o_proj(out[None]), None  # type: ignore[index]

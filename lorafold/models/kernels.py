@@ -107,7 +107,7 @@ def _rms_norm_backward(x, weight, rstd, dy, dx):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """weight * x / rms(x) and 1 / rms(x) [...] float32, over the last dimension of x [..., N]."""
-    out, rstd = torch.empty_like(x), torch.empty(x.shape[:-1])
+    out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:-1])
     factors = weight.detach().float().numpy()
     on_torch_threads(_rms_norm, _rows(x), factors, np.float32(eps), _rows(out), rstd.view(-1).numpy())
     return out, rstd
@@ -115,7 +115,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def rms_norm_backward(x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor) -> Tensor:
     """The gradient of `rms_norm` with respect to x."""
-    dx = torch.empty_like(x)
+    dx = torch.empty(x.shape, dtype=x.dtype)
     factors = weight.detach().float().numpy()
     on_torch_threads(_rms_norm_backward, _rows(x), factors, rstd.view(-1).numpy(), _rows(dy), _rows(dx))
     return dx
@@ -161,14 +161,14 @@ def _swiglu_backward(gate, up, dy, d_gate, d_up):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, all [..., N]."""
-    out = torch.empty_like(gate)
+    out = torch.empty(gate.shape, dtype=gate.dtype)
     on_torch_threads(_swiglu, _rows(gate), _rows(up), _rows(out))
     return out
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `swiglu` with respect to gate and up."""
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
     on_torch_threads(_swiglu_backward, _rows(gate), _rows(up), _rows(dy), _rows(d_gate), _rows(d_up))
     return d_gate, d_up
 
@@ -240,9 +240,10 @@ def _causal_softmax(scores, scale, window):
         t = i % length
         first = max(0, t + 1 - window)
         w = _wide(scores[i, first : t + 1])
-        largest = w[0]
+        largest, undefined = w[0], np.float32(0)
         for j in range(len(w)):
             largest = w[j] if w[j] > largest else largest
+            undefined += w[j] * np.float32(0)  # not a number if any score is none, or infinite
         for j in range(len(w)):
             x = (w[j] - largest) * (scale * _LOG2E)
             w[j] = x if x > np.float32(-126) else np.float32(-126)
@@ -250,7 +251,7 @@ def _causal_softmax(scores, scale, window):
         total = np.float32(0)
         for j in range(len(w)):
             total += w[j]
-        total = np.float32(1) / total
+        total = np.float32(1) / total + undefined
         for j in range(len(w)):
             w[j] *= total
         scores[i, :first] = 0
@@ -277,9 +278,11 @@ def _causal_softmax_backward(weights, scale, window, d):
 
 def causal_softmax_(scores: Tensor, scale: float, window: int) -> None:
     """Turn scores [..., T, T] into attention weights in place: softmax(scale * score) of the last `window` tokens."""
+    assert scores.is_contiguous()
     on_torch_threads(_causal_softmax, _rows(scores), np.float32(scale), window)
 
 
 def causal_softmax_backward_(weights: Tensor, scale: float, window: int, d: Tensor) -> None:
     """Turn the gradient of the attention weights [..., T, T] into that of the scores, in place in `d`."""
+    assert d.is_contiguous()
     on_torch_threads(_causal_softmax_backward, _rows(weights), np.float32(scale), window, _rows(d))

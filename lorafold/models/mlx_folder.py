@@ -113,6 +113,7 @@ def create_mlx(
 
     Raises:
         OutputError: it cannot be written.
+        FormatError: a parameter is too large for `dtype`.
     """
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     tensors: dict[str, Tensor] = {}
@@ -125,9 +126,11 @@ def create_mlx(
         tensors[f"{name}.weight"] = blocks[..., codec.codes_at :].flatten(1).contiguous().view(torch.uint32)
         if weight.codec != default.codec:
             overrides[name] = {"group_size": codec.group_size, "bits": codec.bits}
-    for name, value in plain_parameters(model):
-        if name not in tied and name not in tensors:
-            tensors[name] = value.to(dtype).contiguous()
+    try:
+        plain = plain_parameters(model, dtype)
+    except ValueError as error:
+        raise FormatError(f"{path} is not written: {error}") from None
+    tensors |= {name: value for name, value in plain.items() if name not in tied and name not in tensors}
     groups = {"group_size": default.format.group_size, "bits": default.format.bits}
     config = mlx_config(model.config) | {"quantization": groups | overrides}
     with replacing_folder(path) as temporary:

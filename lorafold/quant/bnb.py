@@ -129,7 +129,7 @@ class Int8Codec(Codec):
 
     def encode(self, weight: Tensor) -> Tensor:
         """Blocks [O, 1, 4 + I] of a dense matrix [O, I]; a row of zeros stays one."""
-        wide = weight.float()
+        wide = weight.half().float()  # as bitsandbytes does
         largest = wide.abs().amax(-1, keepdim=True)
         codes = torch.where(largest > 0, (wide * (127.0 / largest)).round(), 0.0).to(torch.int8)
         return torch.cat([largest.view(torch.uint8), codes.view(torch.uint8)], dim=-1)[:, None]

@@ -153,13 +153,21 @@ class QuantEmbedding(_Packed):
         return f"{self.shape[0]} x {self.shape[1]}, {self.codec}"
 
 
-def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, value) of every parameter that is stored as plain numbers, the biases of packed layers among them."""
+def plain_parameters(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every parameter that is stored as plain numbers, in `dtype`, the biases of packed layers among them.
+
+    Raises:
+        ValueError: one of them is too large for that type.
+    """
+    found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
-        for key, value in module.named_parameters(recurse=False):
-            yield f"{path}.{key}", value.detach()
-        if isinstance(module, QuantLinear) and module.bias is not None:
-            yield f"{path}.bias", module.bias
+        own = dict(module.named_parameters(recurse=False))
+        bias = {"bias": module.bias} if isinstance(module, QuantLinear) and module.bias is not None else {}
+        found |= {f"{path}.{key}": value.detach().to(dtype).contiguous() for key, value in (own | bias).items()}
+    wrong = [name for name, value in found.items() if not torch.isfinite(value).all()]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong[:3])}: a number is not finite in {dtype}")
+    return found
 
 
 @contextlib.contextmanager

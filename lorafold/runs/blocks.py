@@ -41,19 +41,25 @@ class BlockWalk:
 
     @torch.no_grad()
     def hessians(self, index: int) -> dict[str, Tensor]:
-        """X^T X [I, I] float32 of every linear layer of a block, by the layer's whole name; layers see one X alike."""
+        """X^T X [I, I] float32 of every linear layer of a block, by the layer's whole name."""
         prefix, block = self.blocks[index]
         sums: dict[str, Tensor] = {}
         handles = []
-        for name, layer in linear_layers(block).items():
-            total = torch.zeros(layer.in_features, layer.in_features)
-            sums[f"{prefix}.{name}"] = total
+        latest: list[tuple[Tensor, str]] = []  # the input seen last, and the layer that saw it first
 
-            def add(_module: nn.Module, args: tuple[Tensor, ...], total: Tensor = total) -> None:
+        def watch(name: str, width: int) -> Any:
+            def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                if latest and latest[0][0] is args[0]:  # query, key and value have one input, gate and up another
+                    sums[name] = sums[latest[0][1]]
+                    return
+                latest[:] = [(args[0], name)]
                 x = args[0].flatten(0, -2).float()
-                total.addmm_(x.T, x)
+                sums.setdefault(name, torch.zeros(width, width)).addmm_(x.T, x)
 
-            handles.append(layer.register_forward_pre_hook(add))
+            return add
+
+        for name, layer in linear_layers(block).items():
+            handles.append(layer.register_forward_pre_hook(watch(f"{prefix}.{name}", layer.in_features)))
         try:
             self._run(index)
         finally:

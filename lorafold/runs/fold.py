@@ -29,7 +29,7 @@ from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import LoadedModel, load
 from lorafold.models.mlx_folder import MLXFolder, write_mlx
 from lorafold.models.tensors import save_tensors
-from lorafold.quant.codecs import GGUF_CODECS
+from lorafold.quant.codecs import CODECS, GGUF_CODECS
 from lorafold.quant.linear import QuantLinear
 from lorafold.quant.weight import QuantizedWeight, encode
 from lorafold.runs.folder import Run
@@ -106,6 +106,8 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
         return _fold_bnb(loaded, path, to, lossy)
     if loaded.gguf is None:
         return _fold_folder(loaded, path, to, lossy)
+    if to not in (None, *TARGETS):
+        raise FoldError(f"a GGUF file holds no {to}; it takes {', '.join(TARGETS)}")
     if run.config.adapter.method == "qa-lora" and to in (None, _own_type(loaded)):
         folds = fold(loaded.model, least_kept=None if lossy else LEAST_KEPT)
         report = _packed_report("exact", folds, loaded)
@@ -207,7 +209,7 @@ def _fold_bnb(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> F
     if to not in (None, *DENSE_TYPES, *BNB_TARGETS):
         raise FoldError(f"a bitsandbytes folder is written in {', '.join((*DENSE_TYPES, *BNB_TARGETS))}, not {to}")
     adapters = dict(adapted_layers(loaded.model))
-    codec, dtype = BNB_TARGETS.get(to or ""), DENSE_TYPES.get(to or "bf16", torch.bfloat16)
+    codec, dtype = BNB_TARGETS.get(to or ""), DENSE_TYPES.get(to or "") or loaded.bnb.dtype
     packed: dict[str, QuantizedWeight] = {}
     dense: dict[str, torch.Tensor] = {}
     kept: list[float] = []
@@ -216,14 +218,14 @@ def _fold_bnb(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> F
             continue
         before = base_weight(layer)
         wanted = merged_weight(adapters[name]) if name in adapters else before
-        if codec and name not in adapters and isinstance(layer, QuantLinear):
-            packed[name] = layer.packed
-        elif codec:
-            packed[name] = encode(wanted, codec)
-        else:
+        if codec is None or not isinstance(layer, QuantLinear):
             dense[name] = wanted.to(dtype)
+        elif name not in adapters and layer.codec.partition("-")[0] == codec.partition("-")[0]:
+            packed[name] = layer.packed
+        else:
+            packed[name] = _encoded(name, wanted, codec)
         if name in adapters:
-            stored = packed[name].decode() if codec else dense[name].float()
+            stored = packed[name].decode() if name in packed else dense[name].float()
             kept.append(kept_fraction(stored - before, wanted - before))
     report = _dense_report(kept, _size(loaded.path))
     _refuse_loss(report, lossy)
@@ -232,6 +234,13 @@ def _fold_bnb(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> F
         loaded.model.set_submodule(name, layer)
     create_bnb(path, loaded.model, loaded.tokenizer, packed, dtype)
     return _sized(report, path)
+
+
+def _encoded(name: str, weight: torch.Tensor, codec: str) -> QuantizedWeight:
+    size = CODECS[codec].group_size
+    if size and weight.shape[1] % size:
+        raise FoldError(f"{name}: rows of {weight.shape[1]} weights do not divide into blocks of {size}")
+    return encode(weight, codec)
 
 
 def _plain_layer(layer: nn.Linear | QuantLinear, weight: torch.Tensor | None) -> nn.Module:

@@ -14,15 +14,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+import lorafold
 from lorafold.adapters.inject import HEADS, linear_layers
 from lorafold.config import QuantizeConfig
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens
 from lorafold.errors import FormatError, bullet_list
 from lorafold.files import OutputError, replacing, write_text
+from lorafold.models.architectures import ROPE_FACTORS
 from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.gguf_write import file_order, write_gguf
-from lorafold.models.load import LoadedModel
+from lorafold.models.load import MODEL_TYPES, LoadedModel
 from lorafold.models.mlx_folder import create_mlx
 from lorafold.models.tensors import save_tensors
 from lorafold.quant.bnb import BLOCK
@@ -48,6 +50,7 @@ class QuantizeReport:
         codec: format of the blocks' matrices.
         weights: number of weights in quantized matrices.
         bits_per_weight: of these matrices, parameters included.
+        outer: whether embedding and head are among them.
         error: root of the mean squared change of their weights, relative to the weights' own.
         size: bytes on disk.
     """
@@ -56,14 +59,16 @@ class QuantizeReport:
     codec: str
     weights: int
     bits_per_weight: float
+    outer: bool
     error: float
     size: int
 
     def describe(self) -> str:
         """One sentence."""
+        embedding = "included" if self.outer else "left as it is"
         return (
             f"{self.weights:,} weights in {self.codec} by {self.method}, {self.bits_per_weight:.2f} bits each "
-            f"(embedding included), changed by {self.error:.2%} of their size; {self.size:,} bytes"
+            f"(embedding {embedding}), changed by {self.error:.2%} of their size; {self.size:,} bytes"
         )
 
 
@@ -75,7 +80,7 @@ def choose_codecs(config: QuantizeConfig, gguf: bool) -> tuple[str, str | None]:
     """
     wide = config.embedding_bits
     if not gguf:
-        kind = _STORED[config.stored]
+        kind = _STORED[config.stored or "float16"]
         return mlx_codec(config.bits, config.group_size, kind), None if wide == 16 else mlx_codec(
             wide, config.group_size, kind
         )
@@ -116,6 +121,9 @@ def quantize_model(
         OutputError: the output cannot be written; nothing is left but the finished blocks.
     """
     gguf = output.suffix == ".gguf"
+    if output.resolve() == loaded.path.resolve():
+        raise FormatError(f"{output} is the model itself; choose another output")
+    _refuse_architecture(loaded, gguf, config)
     if config.format != "affine":
         return _quantize_bnb(loaded, config, output, progress)
     if gguf and loaded.gguf is None:
@@ -128,16 +136,18 @@ def quantize_model(
     if method == "gptq" and not rows:
         raise FormatError("gptq measures the layers' inputs on rows; give some with --data, or choose --method search")
     _refuse_shapes(loaded.model, CODECS[codec].group_size, wide is not None)
+    stored = config.stored or "float16"
     work = _Work(output, loaded, rows, {**asdict(config), "method": method, "codec": codec})
     errors = _Errors()
     quantized: dict[str, QuantizedWeight] = {}
-    walk = BlockWalk(loaded, [pack(group) for group in micro_batches(rows, _PACK_TOKENS)]) if rows else None
+    packs = [pack(group) for group in micro_batches(rows or [], _PACK_TOKENS)] if method != "rtn" else []
+    walk = BlockWalk(loaded, packs) if packs else None
     for index, (prefix, block) in enumerate(find_blocks(loaded.model)):
         layers = {f"{prefix}.{name}": layer for name, layer in linear_layers(block).items()}
         done = work.read(index, layers, codec)
         if done is None:
             hessians = walk.hessians(index) if walk else {}
-            done = {name: quantize(_dense(layer), codec, method, hessians.get(name)) for name, layer in layers.items()}
+            done = {n: _quantized(n, _dense(layer), codec, method, hessians.get(n)) for n, layer in layers.items()}
             work.write(index, done)
         for name, weight in done.items():
             errors.add(_dense(layers[name]), weight)
@@ -149,7 +159,7 @@ def quantize_model(
     for name, dense in _outer_matrices(loaded.model):
         if wide is not None:
             method_there: Method = "rtn" if method == "rtn" else "search"
-            outer = quantize(dense, wide, method_there) if CODECS[wide].affine else encode(dense, wide)
+            outer = _quantized(name, dense, wide, method_there)
             quantized[name] = outer
             errors.add(dense, outer)
         elif not gguf:
@@ -160,11 +170,32 @@ def quantize_model(
         write_gguf(loaded.gguf, {loaded.bindings[n].tensor: entry for n, entry in replaced.items()}, output)
     else:
         default = next(weight for weight in quantized.values() if weight.codec == codec)
-        create_mlx(output, loaded.model, loaded.tokenizer, quantized, default, getattr(torch, config.stored))
+        create_mlx(output, loaded.model, loaded.tokenizer, quantized, default, getattr(torch, stored))
     work.remove()
     size = sum(f.stat().st_size for f in output.iterdir()) if output.is_dir() else output.stat().st_size
     bits = 8 * sum(weight.nbytes for weight in quantized.values())
-    return QuantizeReport(method, codec, errors.count, bits / errors.count, errors.relative, size)
+    return QuantizeReport(method, codec, errors.count, bits / errors.count, wide is not None, errors.relative, size)
+
+
+def _refuse_architecture(loaded: LoadedModel, gguf: bool, config: QuantizeConfig) -> None:
+    """Refuse what the new folder would not describe, or what would not be read from it again."""
+    kind = loaded.model.config.model_type
+    if not gguf and loaded.gguf is not None and ROPE_FACTORS in loaded.gguf.tensors:
+        raise FormatError(
+            f"{loaded.path} keeps its rope factors as a tensor ({ROPE_FACTORS}), which a config.json cannot hold; "
+            "quantize the model's transformers folder, or write a .gguf file"
+        )
+    if not gguf and config.format == "affine" and kind not in MODEL_TYPES:
+        raise FormatError(
+            f"the architecture {kind} is not read from MLX folders yet; {', '.join(sorted(MODEL_TYPES))} are"
+        )
+
+
+def _quantized(name: str, dense: Tensor, codec: str, method: Method, hessian: Tensor | None = None) -> QuantizedWeight:
+    try:
+        return quantize(dense, codec, method, hessian) if CODECS[codec].affine else encode(dense, codec)
+    except ValueError as error:
+        raise FormatError(f"{name} cannot be quantized: {error}") from None
 
 
 def _quantize_bnb(
@@ -182,15 +213,25 @@ def _quantize_bnb(
     for prefix, block in find_blocks(loaded.model):
         for name in linear_layers(block):
             dense = _dense(layers[f"{prefix}.{name}"])
-            quantized[f"{prefix}.{name}"] = encode(dense, codec)
+            quantized[f"{prefix}.{name}"] = _quantized(f"{prefix}.{name}", dense, codec, "rtn")
             errors.add(dense, quantized[f"{prefix}.{name}"])
         progress(1)
     for name, dense in _outer_matrices(loaded.model):
         loaded.model.get_submodule(name).weight = nn.Parameter(dense, requires_grad=False)  # type: ignore[assignment]
-    create_bnb(output, loaded.model, loaded.tokenizer, quantized, getattr(torch, config.stored))
+    stored = getattr(torch, config.stored) if config.stored else _own_dtype(loaded)
+    create_bnb(output, loaded.model, loaded.tokenizer, quantized, stored)
     bits = 8 * sum(weight.nbytes for weight in quantized.values()) / errors.count
     size = sum(f.stat().st_size for f in output.iterdir())
-    return QuantizeReport("nearest value", codec, errors.count, bits, errors.relative, size)
+    return QuantizeReport("nearest value", codec, errors.count, bits, False, errors.relative, size)
+
+
+def _own_dtype(loaded: LoadedModel) -> torch.dtype:
+    """bfloat16 where the model's folder says so, otherwise float16."""
+    try:
+        config = json.loads((loaded.path / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return torch.float16
+    return torch.bfloat16 if "bfloat16" in str(config.get("dtype", config.get("torch_dtype"))) else torch.float16
 
 
 def _refuse_shapes(model: nn.Module, group: int, embedding: bool) -> None:
@@ -242,16 +283,26 @@ class _Errors:
         return (self._change / self._squares) ** 0.5 if self._squares else 0.0
 
 
+def _holds(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_text(encoding="utf-8") == text
+
+
 class _Work:
     """Finished blocks in `<output>.partial`, with what they are blocks of."""
 
     def __init__(self, output: Path, loaded: LoadedModel, rows: list[Tokens] | None, settings: dict[str, Any]):
         self.folder = output.with_name(f"{output.name}.partial")
         digest = hashlib.sha256(json.dumps([row.ids for row in rows or []]).encode()).hexdigest()
-        state = {"model": loaded.weights_hash(), "rows": digest, "dtype": str(loaded.dtype), **settings}
+        state = {
+            "version": lorafold.__version__,
+            "model": loaded.weights_hash(),
+            "rows": digest,
+            "dtype": str(loaded.dtype),
+            **settings,
+        }
         text = json.dumps(state, indent=2)
         file = self.folder / _STATE
-        if self.folder.exists() and (not file.is_file() or file.read_text(encoding="utf-8") != text):
+        if self.folder.exists() and any(self.folder.iterdir()) and not _holds(file, text):
             raise OutputError(
                 f"{self.folder} holds blocks of another quantization (other model, rows or options); remove it, or "
                 "choose another output"

@@ -132,6 +132,56 @@ def test_refusals(source: Path, tmp_path: Path, capsys: Output) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_options_that_would_be_ignored_are_refused(source: Path, tmp_path: Path, data: Path, capsys: Output) -> None:
+    options = ("--format", "nf4", "--bits", 3, "--method", "gptq")
+    assert command("quantize", source, "-o", tmp_path / "out", *options) == 2
+    message = capsys.readouterr().err
+    assert "bits means nothing" in message
+    assert "method means nothing" in message
+    assert command("quantize", source, "-o", tmp_path / "out", "--format", "nf4", "--data", data) == 2
+    assert "leave it out" in capsys.readouterr().err
+
+
+def test_one_format_in_a_folder(source: Path, tmp_path: Path, data: Path) -> None:
+    """Quantized again into the other format, layers without an adapter go with it."""
+    base, run, out = tmp_path / "base", tmp_path / "run", tmp_path / "out"
+    assert command("quantize", source, "-o", base, "--format", "nf4") == 0
+    options = quick("--method", "lora", "--target-modules", "q_proj")
+    assert command("train", base, "--data", data, "--output-dir", run, *options) == 0
+    assert command("fold", run, "-o", out, "--to", "int8", "--lossy") == 0
+    codecs = {x.codec for x in linear_layers(load(out).model).values() if isinstance(x, QuantLinear)}
+    assert codecs == {"INT8"}
+    _same_model(load(out).model, _loaded_by_transformers(out))
+
+
+def test_a_gguf_file_takes_none_of_them(tmp_path: Path, data: Path, capsys: Output) -> None:
+    file, run = tiny_gguf(tmp_path, "llama", "Q4_1"), tmp_path / "run"
+    assert command("train", file, "--data", data, "--output-dir", run, *quick("--method", "lora")) == 0
+    assert command("fold", run, "-o", tmp_path / "out.gguf", "--to", "nf4", "--lossy") == 2
+    assert "a GGUF file holds no nf4" in capsys.readouterr().err
+
+
+def _half_magnitudes(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.self_attn.k_proj.SCB"] = tensors["model.layers.1.self_attn.k_proj.SCB"].half()
+
+
+def _permuted(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.self_attn.k_proj.weight_format"] = torch.tensor(2, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("damage", "message"), [(_half_magnitudes, "its SCB is F16"), (_permuted, "permuted")])
+def test_8_bit_layers_that_would_be_misread(
+    damage: Callable[[dict[str, torch.Tensor]], None], message: str, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert command("quantize", source, "-o", out, "--format", "int8") == 0
+    tensors = load_file(out / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(FormatError, match=message):
+        load(out)
+
+
 def _drop_magnitudes(tensors: dict[str, torch.Tensor], name: str) -> None:
     del tensors[f"{name}.absmax"]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
 
 from lorafold.data.packs import pack
 from lorafold.evals.llama_cpp import LlamaCpp
@@ -144,6 +146,38 @@ def test_refusals(options: tuple[object, ...], message: str, tmp_path: Path, cap
     assert command("quantize", source, "-o", tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_what_the_new_folder_would_not_hold_is_refused(tmp_path: Path, capsys: Output) -> None:
+    """Rope factors of a GGUF file; a model over itself; weights that are no numbers, by their layer's name."""
+    factors = tiny_gguf(tmp_path, "llama3", "F16")
+    assert command("quantize", factors, "-o", tmp_path / "out") == 2
+    assert "rope factors" in capsys.readouterr().err
+    source = tiny_folder_of(tmp_path / "source", "llama")
+    before = (source / "model.safetensors").read_bytes()
+    assert command("quantize", source, "-o", source, "--overwrite") == 2
+    assert "the model itself" in capsys.readouterr().err
+    assert (source / "model.safetensors").read_bytes() == before
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert command("quantize", source, "-o", tmp_path / "out") == 2
+    assert "model.layers.1.mlp.up_proj cannot be quantized: a weight is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_architectures_that_mlx_folders_are_not_read_of(tmp_path: Path, capsys: Output) -> None:
+    folder = tiny_folder_of(tmp_path / "source", "llama")
+    config = MistralConfig(**LlamaConfig.from_pretrained(folder).to_dict() | {"model_type": "mistral"})
+    MistralForCausalLM(config).save_pretrained(folder)
+    assert command("quantize", folder, "-o", tmp_path / "out") == 2
+    assert "mistral is not read from MLX folders yet" in capsys.readouterr().err
+
+
+def test_an_empty_work_folder_is_no_obstacle(tmp_path: Path) -> None:
+    """As an interruption at the very beginning leaves it."""
+    (tmp_path / "out.partial").mkdir()
+    assert command("quantize", tiny_folder_of(tmp_path / "source", "llama"), "-o", tmp_path / "out") == 0
 
 
 def test_gguf_refusals(tmp_path: Path, capsys: Output) -> None:

@@ -96,6 +96,18 @@ def test_causal_softmax(tokens: int, window: int) -> None:
     assert not d[:, ~visible].any()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 2])
+def test_undefined_scores_are_seen(value: float, place: int) -> None:
+    """Rows that see such a score are not numbers, as in torch; rows before it are."""
+    scores = torch.randn(1, 4, 4).bfloat16()
+    scores[0, place:, place] = value
+    kernels.causal_softmax_(scores, 0.5, 9)
+    seen = torch.arange(4) >= place
+    assert scores[0, seen].isnan().any(-1).all()
+    assert not scores[0, ~seen].isnan().any()
+
+
 def _modules() -> dict[str, tuple[nn.Module, int | None]]:
     mixed = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1, num_hidden_layers=2)
     return {
