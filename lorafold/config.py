@@ -174,7 +174,6 @@ class QuantizeConfig:
         method: `rtn` (round to nearest), `search` (the scale and offset of least squared error), or `gptq`
             (least error of each layer's output on the rows of --data). Default: gptq with --data, otherwise search.
         embedding_bits: of the embedding and the head; 16 leaves them as they are.
-        calibration_rows: rows of --data that are used.
         stored: type of what is not quantized, and in an MLX folder of scales and offsets. Default: float16 in an MLX
             folder (bfloat16 offsets are coarse), for nf4 and int8 that of the model.
     """
@@ -185,13 +184,12 @@ class QuantizeConfig:
     group_size: Literal[32, 64, 128] = 32
     method: Literal["rtn", "search", "gptq"] | None = None
     embedding_bits: Literal[2, 3, 4, 5, 6, 8, 16] = 8
-    calibration_rows: int = 128
     stored: Literal["float16", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
-        faults = _not_positive(self, "calibration_rows")
+        faults = []
         if self.format != "affine":
-            plain = {"bits": 4, "group_size": 32, "method": None, "embedding_bits": 8, "calibration_rows": 128}
+            plain = {"bits": 4, "group_size": 32, "method": None, "embedding_bits": 8}
             given = [name for name, default in plain.items() if getattr(self, name) != default]
             faults += [f"{name} means nothing to {self.format}, whose values are fixed" for name in given]
         _raise(faults)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from torch import nn
@@ -93,3 +94,8 @@ def layer_count(loaded: LoadedModel) -> int:
 def command(*arguments: object) -> int:
     """One command in this process; its exit code."""
     return run([str(argument) for argument in arguments])
+
+
+def tensors_of(path: Path) -> dict[str, gguf.ReaderTensor]:
+    """Name -> tensor, as gguf-py reads the file."""
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}

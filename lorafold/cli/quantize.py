@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from lorafold.config import QuantizeConfig, RowsConfig
+
+CALIBRATION_ROWS = 128  # of --data, where --limit says nothing
 
 
 def quantize(
@@ -21,7 +24,8 @@ def quantize(
     """Quantize a model so that it can be trained with QA-LoRA and folded.
 
     A GGUF model becomes a GGUF file (Q4_1, Q5_1) when the output ends in .gguf; any model becomes an MLX folder (2 to 8
-    bits) otherwise. After an interruption the same command goes on where it stopped.
+    bits) otherwise. Calibrated on the first 128 rows of --data, or on --limit of them. After an interruption the same
+    command goes on where it stopped.
 
     Args:
         model: 16-bit model: transformers folder, GGUF file, hub id; a quantized one is decoded first.
@@ -46,9 +50,9 @@ def quantize(
     loaded = load(model)
     tokens = None
     if rows is not None:
-        tokenized = all_rows(rows, loaded.tokenizer)
-        tokens = tokenized.rows[: config.calibration_rows]
-        display.say(f"calibration: the first {len(tokens)} rows of: {tokenized.describe()}")
+        tokenized = all_rows(replace(rows, limit=rows.limit or CALIBRATION_ROWS), loaded.tokenizer)
+        tokens = tokenized.rows
+        display.say(f"calibration: {tokenized.describe()}")
     with display.bar("blocks", len(find_blocks(loaded.model))) as done:
         report = quantize_model(loaded, tokens, config, output, done)
     shown.output(f"{output}: {report.describe()}")

@@ -9,10 +9,8 @@ from torch.nn import functional as F
 
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens
-from lorafold.evals.loss import ALIGN, hidden_states, logits_of
+from lorafold.evals.loss import ALIGN, CHUNK, hidden_states, logits_of
 from lorafold.models.load import LoadedModel
-
-_CHUNK = 128  # positions whose logits exist at once
 
 
 @torch.no_grad()
@@ -27,7 +25,7 @@ def row_losses(loaded: LoadedModel, rows: Sequence[Tokens], max_tokens: int = 10
         losses = torch.cat(
             [
                 F.cross_entropy(logits_of(loaded.model, head, part), target, reduction="none")
-                for part, target in zip(hidden.split(_CHUNK), batch.targets.split(_CHUNK), strict=True)
+                for part, target in zip(hidden.split(CHUNK), batch.targets.split(CHUNK), strict=True)
             ]
         )
         counts = [sum(row.supervised) for row in group]

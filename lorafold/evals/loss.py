@@ -23,7 +23,7 @@ from lorafold.models.load import LoadedModel
 from lorafold.quant.linear import QuantLinear
 
 ALIGN = 16  # row lengths are rounded up to this, see `pack`
-_CHUNK = 128  # supervised positions whose logits exist at once: 128 x V x 4 bytes
+CHUNK = 128  # supervised positions whose logits exist at once: 128 x V x 4 bytes
 _FEW = 32  # the last chunk is filled up to a multiple of this: few shapes of matrices, see `pack`
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config keys of heads that do more
 
@@ -33,8 +33,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets), _CHUNK):
-            here = slice(start, start + _CHUNK)
+        for start in range(0, len(targets), CHUNK):
+            here = slice(start, start + CHUNK)
             rows = len(targets[here])
             part, target = (
                 F.pad(hidden[here], (0, 0, 0, -rows % _FEW)),
@@ -91,8 +91,8 @@ def _general_loss(model: nn.Module, head: nn.Module, hidden: Tensor, targets: Te
         return F.cross_entropy(logits_of(model, head, part), target, reduction="sum")
 
     total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(targets), _CHUNK):
-        part, target = hidden[start : start + _CHUNK], targets[start : start + _CHUNK]
+    for start in range(0, len(targets), CHUNK):
+        part, target = hidden[start : start + CHUNK], targets[start : start + CHUNK]
         total = total + checkpoint(chunk_loss, part, target, use_reentrant=False)
     return total
 

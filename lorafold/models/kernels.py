@@ -174,38 +174,20 @@ def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tenso
 
 
 @njit(parallel=True, cache=True)
-def _rotate(x, cos, sin, starts, lengths, by_head):
-    half = x.shape[2] // 2
-    for t in prange(x.shape[0]):
+def _rotate(source, cos, sin, starts, lengths, out, back):
+    tokens, half = cos.shape[0], cos.shape[1] // 2
+    heads = source.shape[0] // tokens
+    for t in prange(tokens):
         row = np.searchsorted(starts, t, side="right") - 1
         c, s = _wide(cos[t]), _wide(sin[t])
         a, b = np.empty(2 * half, np.float32), np.empty(2 * half, np.float32)
-        for h in range(x.shape[1]):
-            _widen(x[t, h], a)
+        for h in range(heads):
+            by_token, by_head = t * heads + h, starts[row] * heads + h * lengths[row] + t - starts[row]
+            _widen(source[by_head if back else by_token], a)
             for j in range(half):
                 b[j] = a[j] * c[j] - a[j + half] * s[j]
                 b[j + half] = a[j + half] * c[j + half] + a[j] * s[j + half]
-            _narrow(b, by_head[_place(starts[row], lengths[row], x.shape[1], h, t)])
-
-
-@njit(parallel=True, cache=True)
-def _rotate_back(by_head, cos, sin, starts, lengths, x):
-    half = x.shape[2] // 2
-    for t in prange(x.shape[0]):
-        row = np.searchsorted(starts, t, side="right") - 1
-        c, s = _wide(cos[t]), _wide(sin[t])
-        a, b = np.empty(2 * half, np.float32), np.empty(2 * half, np.float32)
-        for h in range(x.shape[1]):
-            _widen(by_head[_place(starts[row], lengths[row], x.shape[1], h, t)], a)
-            for j in range(half):
-                b[j] = a[j] * c[j] + a[j + half] * s[j + half]
-                b[j + half] = a[j + half] * c[j + half] - a[j] * s[j]
-            _narrow(b, x[t, h])
-
-
-@njit(inline="always")
-def _place(first, length, heads, h, t):
-    return first * heads + h * length + t - first
+            _narrow(b, out[by_token if back else by_head])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, segments: list[int]) -> Tensor:
@@ -215,17 +197,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, segments: list[int]) -> Tensor:
         [T * H, D], ordered by row of the pack, then head, then token: what the matrix products of attention read.
     """
     out = torch.empty(x.numel() // cos.shape[-1], cos.shape[-1], dtype=x.dtype)
-    wide = _raw(x).reshape(len(cos), -1, cos.shape[-1])
-    on_torch_threads(_rotate, wide, _raw(cos), _raw(sin), *_bounds(segments), _raw(out))
+    source = _raw(x).reshape(out.shape)
+    on_torch_threads(_rotate, source, _raw(cos), _raw(sin), *_bounds(segments), _raw(out), False)
     return out
 
 
 def rotate_back(dy: Tensor, cos: Tensor, sin: Tensor, segments: list[int]) -> Tensor:
-    """The gradient of `rotate` with respect to x, [T, H * D], for dy [T * H, D]."""
-    dx = torch.empty(len(cos), dy.numel() // len(cos), dtype=dy.dtype)
-    wide = _raw(dx).reshape(len(cos), -1, cos.shape[-1])
-    on_torch_threads(_rotate_back, _raw(dy), _raw(cos), _raw(sin), *_bounds(segments), wide)
-    return dx
+    """The gradient of `rotate` with respect to x, [T, H * D], for dy [T * H, D]: the rotation's transpose."""
+    dx = torch.empty(dy.shape, dtype=dy.dtype)
+    transposed = -sin.roll(sin.shape[-1] // 2, dims=-1)
+    on_torch_threads(_rotate, _raw(dy), _raw(cos), _raw(transposed), *_bounds(segments), _raw(dx), True)
+    return dx.view(len(cos), -1)
 
 
 def _bounds(segments: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -115,17 +115,9 @@ class Int8Codec(Codec):
         """Codes int8 [O, 1, I]."""
         return blocks[..., 4:].contiguous().view(torch.int8)
 
-    def decode(
-        self,
-        blocks: Tensor,
-        dtype: torch.dtype = torch.float32,
-        offset: Tensor | None = None,
-        scale: Tensor | None = None,
-    ) -> Tensor:
+    def decode_reference(self, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
         """Dense [O, I]; there are no offsets."""
-        assert offset is None
-        largest = self.scale(blocks) if scale is None else scale
-        return (self.codes(blocks)[:, 0] * largest * _INT8_STEP).to(dtype)
+        return (self.codes(blocks)[:, 0] * scale * _INT8_STEP).to(dtype)
 
     def encode(self, weight: Tensor) -> Tensor:
         """Blocks [O, 1, 4 + I] of a dense matrix [O, I]; a row of zeros stays one."""

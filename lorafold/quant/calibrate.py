@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.ggml import Codec
-from lorafold.quant.weight import QuantizedWeight
+from lorafold.quant.weight import QuantizedWeight, check_encodable
 
 Method = Literal["rtn", "search", "gptq"]
 _SPANS = tuple(1 - 0.05 * i for i in range(11))  # shares of the whole span that `search` tries
@@ -43,10 +43,7 @@ def quantize(weight: Tensor, codec: str, method: Method, hessian: Tensor | None 
     form = CODECS[codec]
     assert form.affine
     out, width = weight.shape
-    if not torch.isfinite(weight).all():
-        raise ValueError("a weight is not finite and cannot be quantized")
-    if width % form.group_size:
-        raise ValueError(f"rows of {width} weights do not divide into groups of {form.group_size}")
+    check_encodable(weight, form)
     wide = weight.float()
     if method == "gptq":
         assert hessian is not None

@@ -156,7 +156,7 @@ class Codec:
         """
         scale = self.scale(blocks) if scale is None else scale
         offset = self.offset(blocks) if offset is None else offset
-        if kernels.usable(blocks, dtype):
+        if kernels.usable(self.name, blocks, dtype):
             return kernels.decode(self.name, blocks, scale, offset, dtype)
         return self.decode_reference(blocks, scale, offset, dtype)
 

@@ -27,9 +27,13 @@ NF4_VALUES = (
 _MOST_THREADS: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
-def usable(blocks: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel covers this case; otherwise the caller uses torch operations."""
-    return blocks.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+def usable(name: str, blocks: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel covers this case of the format `name`; otherwise the caller uses torch operations."""
+    return (
+        (name in _KERNELS or name.startswith("MLX"))
+        and blocks.device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+    )
 
 
 def decode(name: str, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:

@@ -56,16 +56,27 @@ class QuantizedWeight:
         return QuantizedWeight(self.codec, self.shape, self.blocks.to(device), extra)
 
 
+def check_encodable(weight: Tensor, codec: Codec) -> None:
+    """Refuse a dense [out, in] matrix that no blocks of a format can hold.
+
+    Raises:
+        ValueError: a weight is not finite, or its rows do not divide into groups.
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError("a weight is not finite and cannot be quantized")
+    if codec.group_size and weight.shape[1] % codec.group_size:
+        raise ValueError(f"rows of {weight.shape[1]} weights do not divide into groups of {codec.group_size}")
+
+
 def encode(weight: Tensor, codec: str) -> QuantizedWeight:
     """Round a dense [out, in] matrix to the codec's nearest blocks, as ggml's reference quantizer does.
 
     Raises:
-        ValueError: a weight is not finite, or the codec is read only.
+        ValueError: as `check_encodable`, or the codec is read only.
     """
     if not CODECS[codec].encodes:
         raise ValueError(f"{codec} is read here; llama.cpp's quantizer makes it from dense weights")
-    if not torch.isfinite(weight).all():
-        raise ValueError("a weight is not finite and cannot be quantized")
+    check_encodable(weight, CODECS[codec])
     blocks, extra = CODECS[codec].encode_with_extra(weight)
     return QuantizedWeight(codec, (weight.shape[0], weight.shape[1]), blocks, extra)
 

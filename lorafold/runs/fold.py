@@ -21,7 +21,7 @@ from lorafold.adapters.fold import (
 )
 from lorafold.adapters.inject import adapted_layers, linear_layers
 from lorafold.errors import FoldError, bullet_list
-from lorafold.files import replacing_folder
+from lorafold.files import replacing_folder, size_on_disk
 from lorafold.models.adapter_files import load_adapter
 from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.gguf_file import DENSE
@@ -29,7 +29,7 @@ from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import LoadedModel, load
 from lorafold.models.mlx_folder import MLXFolder, write_mlx
 from lorafold.models.tensors import save_tensors
-from lorafold.quant.codecs import CODECS, GGUF_CODECS
+from lorafold.quant.codecs import GGUF_CODECS
 from lorafold.quant.linear import QuantLinear
 from lorafold.quant.weight import QuantizedWeight, encode
 from lorafold.runs.folder import Run
@@ -146,18 +146,13 @@ def _packed_report(kind: str, folds: list[LayerFold], loaded: LoadedModel) -> Fo
         min(kept),
         sum(kept) / len(kept),
         max(f.error_steps for f in folds),
-        _size(loaded.path),
+        size_on_disk(loaded.path),
         0,
     )
 
 
 def _sized(report: FoldReport, path: Path) -> FoldReport:
-    return FoldReport(**{**report.__dict__, "size_after": _size(path)})
-
-
-def _size(path: Path) -> int:
-    files = path.iterdir() if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return FoldReport(**{**report.__dict__, "size_after": size_on_disk(path)})
 
 
 def _refuse_loss(report: FoldReport, lossy: bool) -> None:
@@ -194,7 +189,7 @@ def _dense_tensors(loaded: LoadedModel, to: str, lossy: bool) -> tuple[dict[str,
         assert to.upper() in DENSE
     if faults:
         raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults))
-    report = _dense_report(kept, loaded.path.stat().st_size)
+    report = _dense_report(kept, size_on_disk(loaded.path))
     _refuse_loss(report, lossy)
     return replaced, report
 
@@ -227,7 +222,7 @@ def _fold_bnb(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> F
         if name in adapters:
             stored = packed[name].decode() if name in packed else dense[name].float()
             kept.append(kept_fraction(stored - before, wanted - before))
-    report = _dense_report(kept, _size(loaded.path))
+    report = _dense_report(kept, size_on_disk(loaded.path))
     _refuse_loss(report, lossy)
     plain = {name: _plain_layer(layer, dense.get(name)) for name, layer in linear_layers(loaded.model).items()}
     for name, layer in plain.items():
@@ -237,10 +232,10 @@ def _fold_bnb(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> F
 
 
 def _encoded(name: str, weight: torch.Tensor, codec: str) -> QuantizedWeight:
-    size = CODECS[codec].group_size
-    if size and weight.shape[1] % size:
-        raise FoldError(f"{name}: rows of {weight.shape[1]} weights do not divide into blocks of {size}")
-    return encode(weight, codec)
+    try:
+        return encode(weight, codec)
+    except ValueError as error:
+        raise FoldError(f"{name}: {error}") from None
 
 
 def _plain_layer(layer: nn.Linear | QuantLinear, weight: torch.Tensor | None) -> nn.Module:
@@ -284,6 +279,6 @@ def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -
             save_tensors(temporary / source.name, tensors, header)
         if layers:
             raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(layers)[:5]))
-        report = _dense_report(kept, _size(loaded.path))
+        report = _dense_report(kept, size_on_disk(loaded.path))
         _refuse_loss(report, lossy)
     return _sized(report, path)

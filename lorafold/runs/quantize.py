@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,17 @@ from lorafold.config import QuantizeConfig
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens
 from lorafold.errors import FormatError, bullet_list
-from lorafold.files import OutputError, replacing, write_text
+from lorafold.files import OutputError, replacing, size_on_disk, write_text
 from lorafold.models.architectures import ROPE_FACTORS
 from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import MODEL_TYPES, LoadedModel
 from lorafold.models.mlx_folder import create_mlx
 from lorafold.models.tensors import save_tensors
-from lorafold.quant.bnb import BLOCK
 from lorafold.quant.calibrate import Method, quantize
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
-from lorafold.quant.mlx import mlx_codec
+from lorafold.quant.mlx import GROUPS, mlx_codec
 from lorafold.quant.weight import QuantizedWeight, encode
 from lorafold.runs.blocks import BlockWalk, find_blocks
 
@@ -135,13 +134,12 @@ def quantize_model(
     method: Method = config.method or ("gptq" if rows else "search")
     if method == "gptq" and not rows:
         raise FormatError("gptq measures the layers' inputs on rows; give some with --data, or choose --method search")
-    _refuse_shapes(loaded.model, CODECS[codec].group_size, wide is not None)
+    _refuse_shapes(loaded.model, CODECS[codec].group_size, GROUPS, wide is not None)
     stored = config.stored or "float16"
     work = _Work(output, loaded, rows, {**asdict(config), "method": method, "codec": codec})
     errors = _Errors()
     quantized: dict[str, QuantizedWeight] = {}
-    packs = [pack(group) for group in micro_batches(rows or [], _PACK_TOKENS)] if method != "rtn" else []
-    walk = BlockWalk(loaded, packs) if packs else None
+    walk = BlockWalk(loaded, [pack(group) for group in micro_batches(rows, _PACK_TOKENS)]) if rows else None
     for index, (prefix, block) in enumerate(find_blocks(loaded.model)):
         layers = {f"{prefix}.{name}": layer for name, layer in linear_layers(block).items()}
         done = work.read(index, layers, codec)
@@ -156,14 +154,12 @@ def quantize_model(
         if walk:
             walk.advance(index)
         progress(1)
-    for name, dense in _outer_matrices(loaded.model):
+    for name, layer in _outer_layers(loaded.model):
         if wide is not None:
-            method_there: Method = "rtn" if method == "rtn" else "search"
-            outer = _quantized(name, dense, wide, method_there)
-            quantized[name] = outer
-            errors.add(dense, outer)
+            quantized[name] = _quantized(name, _dense(layer), wide, "rtn" if method == "rtn" else "search")
+            errors.add(_dense(layer), quantized[name])
         elif not gguf:
-            loaded.model.get_submodule(name).weight = nn.Parameter(dense, requires_grad=False)  # type: ignore[assignment]
+            _unpack(layer)
     if gguf:
         assert loaded.gguf is not None
         replaced = {n: (w.codec, file_order(w, loaded.bindings[n])) for n, w in quantized.items()}
@@ -172,9 +168,10 @@ def quantize_model(
         default = next(weight for weight in quantized.values() if weight.codec == codec)
         create_mlx(output, loaded.model, loaded.tokenizer, quantized, default, getattr(torch, stored))
     work.remove()
-    size = sum(f.stat().st_size for f in output.iterdir()) if output.is_dir() else output.stat().st_size
     bits = 8 * sum(weight.nbytes for weight in quantized.values())
-    return QuantizeReport(method, codec, errors.count, bits / errors.count, wide is not None, errors.relative, size)
+    return QuantizeReport(
+        method, codec, errors.count, bits / errors.count, wide is not None, errors.relative, size_on_disk(output)
+    )
 
 
 def _refuse_architecture(loaded: LoadedModel, gguf: bool, config: QuantizeConfig) -> None:
@@ -205,24 +202,19 @@ def _quantize_bnb(
     if output.suffix == ".gguf":
         raise FormatError(f"{output}: {config.format} is a format of transformers folders; name a folder")
     codec = "INT8" if config.format == "int8" else "NF4-DQ" if config.use_double_quant else "NF4"
-    layers = {name: layer for name, layer in linear_layers(loaded.model).items() if name not in HEADS}
-    wrong = [f"{n}: rows of {x.in_features}" for n, x in layers.items() if codec != "INT8" and x.in_features % BLOCK]
-    if wrong:
-        raise FormatError(f"{len(wrong)} matrices do not divide into blocks of {BLOCK}:\n" + bullet_list(wrong[:3]))
+    _refuse_shapes(loaded.model, CODECS[codec].group_size, (), False)
     errors, quantized = _Errors(), {}
     for prefix, block in find_blocks(loaded.model):
-        for name in linear_layers(block):
-            dense = _dense(layers[f"{prefix}.{name}"])
-            quantized[f"{prefix}.{name}"] = _quantized(f"{prefix}.{name}", dense, codec, "rtn")
-            errors.add(dense, quantized[f"{prefix}.{name}"])
+        for name, layer in linear_layers(block).items():
+            quantized[f"{prefix}.{name}"] = _quantized(f"{prefix}.{name}", _dense(layer), codec, "rtn")
+            errors.add(_dense(layer), quantized[f"{prefix}.{name}"])
         progress(1)
-    for name, dense in _outer_matrices(loaded.model):
-        loaded.model.get_submodule(name).weight = nn.Parameter(dense, requires_grad=False)  # type: ignore[assignment]
+    for _, layer in _outer_layers(loaded.model):
+        _unpack(layer)
     stored = getattr(torch, config.stored) if config.stored else _own_dtype(loaded)
     create_bnb(output, loaded.model, loaded.tokenizer, quantized, stored)
     bits = 8 * sum(weight.nbytes for weight in quantized.values()) / errors.count
-    size = sum(f.stat().st_size for f in output.iterdir())
-    return QuantizeReport("nearest value", codec, errors.count, bits, False, errors.relative, size)
+    return QuantizeReport("nearest value", codec, errors.count, bits, False, errors.relative, size_on_disk(output))
 
 
 def _own_dtype(loaded: LoadedModel) -> torch.dtype:
@@ -234,33 +226,47 @@ def _own_dtype(loaded: LoadedModel) -> torch.dtype:
     return torch.bfloat16 if "bfloat16" in str(config.get("dtype", config.get("torch_dtype"))) else torch.float16
 
 
-def _refuse_shapes(model: nn.Module, group: int, embedding: bool) -> None:
-    outer = {name: weight.shape[1] for name, weight in _outer_matrices(model)} if embedding else {}
+def _refuse_shapes(model: nn.Module, group: int, others: Sequence[int], embedding: bool) -> None:
+    """Refuse a group size that does not divide all rows, naming those of `others` that do; 0 is a whole row."""
+    if not group:
+        return
+    outer = {name: _width(layer) for name, layer in _outer_layers(model)} if embedding else {}
     inner = {name: layer.in_features for name, layer in linear_layers(model).items() if name not in HEADS}
     wrong = {name: width for name, width in (inner | outer).items() if width % group}
     if wrong:
-        fitting = [size for size in (32, 64, 128) if not any(width % size for width in wrong.values())]
+        fitting = [size for size in others if not any(width % size for width in wrong.values())]
         examples = [f"{name}: rows of {width}" for name, width in list(wrong.items())[:3]]
         raise FormatError(
             f"{len(wrong)} matrices do not divide into groups of {group}:\n"
             + bullet_list(examples)
-            + (f"\ngroups of {' or '.join(map(str, fitting))} fit" if fitting else "\nno group size fits them")
+            + (f"\ngroups of {' or '.join(map(str, fitting))} fit" if fitting else "")
         )
 
 
-def _outer_matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Embedding and, where it has weights of its own, head: (name, dense [out, in])."""
+def _outer_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of the embedding and, where it has weights of its own, the head."""
     blocks = tuple(prefix for prefix, _ in find_blocks(model))
     for name, module in model.named_modules():
         tied = name in HEADS and model.config.tie_word_embeddings  # type: ignore[union-attr]
         matrix = isinstance(module, nn.Linear | QuantLinear | nn.Embedding | QuantEmbedding)
         if matrix and not tied and not name.startswith(blocks):
-            yield name, _dense(module)
+            yield name, module
 
 
 @torch.no_grad()
 def _dense(layer: nn.Module) -> Tensor:
     return layer.packed.decode() if isinstance(layer, QuantLinear | QuantEmbedding) else layer.weight.float()  # type: ignore[operator, return-value, union-attr]
+
+
+def _width(layer: nn.Module) -> int:
+    shape: tuple[int, ...] = layer.shape if isinstance(layer, QuantEmbedding | QuantLinear) else layer.weight.shape  # type: ignore[assignment, union-attr]
+    return shape[1]
+
+
+def _unpack(layer: nn.Module) -> None:
+    """Give a packed layer its plain numbers as a parameter, to be written as such."""
+    if isinstance(layer, QuantEmbedding | QuantLinear):
+        layer.weight = nn.Parameter(_dense(layer), requires_grad=False)
 
 
 def _bias(layer: nn.Linear | QuantLinear) -> Tensor | None:

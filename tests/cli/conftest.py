@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lorafold.evals import llama_cpp
 from tests.practice import command, tiny_folder, write_data
 from tests.tiny import tiny_gguf
 
@@ -22,6 +23,22 @@ QUICK: dict[str, object] = {
     "--dtype": "float32",
 }
 MIXED = {"token_embd": "Q8_0", "attn_v": "Q5_0", "ffn_down": "Q5_1", "attn_k": "Q4_0", "": "Q4_1"}
+FILES = {  # name -> (architecture, types, options)
+    "llama Q4_1": ("llama", "Q4_1"),
+    "llama3 Q5_1 bf16": ("llama3", "Q5_1", "--dtype", "bfloat16"),
+    "qwen2 Q4_1 full": ("qwen2", "Q4_1", "--r", "full"),
+    "qwen3 Q4_1 some targets": ("qwen3", "Q4_1", "--target-modules", "q_proj", "k_proj", "down_proj"),
+    "gemma3 Q4_1 rslora": ("gemma3", "Q4_1", "--use-rslora", "--r", 4, "--lora-alpha", 6),
+    "llama Q4_0 promoted": ("llama", "Q4_0"),
+    "llama mixed": ("llama", "mixed"),
+}
+SCALED = {
+    "llama3 Q5_1 both": ("llama3", "Q5_1", "--adapt", "both"),
+    "qwen3 Q8_0 scales": ("qwen3", "Q8_0", "--adapt", "scale", "--r", "full"),
+}
+every_file = pytest.mark.parametrize("name", [*FILES, *SCALED])
+needs_llama_cpp = pytest.mark.skipif(not llama_cpp.available(), reason="xllamacpp is not installed")
+Folded = Callable[[str], tuple[Path, Path, Path]]
 
 
 def quick(*options: object) -> list[object]:
@@ -63,6 +80,31 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Callable[..
         return model, folder / "run"
 
     return make
+
+
+@pytest.fixture(scope="session")
+def folded(trained: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> Folded:
+    """`folded(name of FILES or SCALED)`: (base, run, folded file); do not write to them."""
+    made: dict[str, tuple[Path, Path, Path]] = {}
+
+    def make(name: str) -> tuple[Path, Path, Path]:
+        if name not in made:
+            base, run = trained(*(FILES | SCALED)[name])
+            out = tmp_path_factory.mktemp("folded") / "tuned.gguf"
+            assert command("fold", run, "-o", out) == 0
+            made[name] = base, run, out
+        return made[name]
+
+    return make
+
+
+def copy_run(run: Path, target: Path) -> Path:
+    """A run folder that may be changed."""
+    (target / "adapter").mkdir(parents=True)
+    for file in run.rglob("*"):
+        if file.is_file():
+            (target / file.relative_to(run)).write_bytes(file.read_bytes())
+    return target
 
 
 def tree(folder: Path) -> dict[str, int]:

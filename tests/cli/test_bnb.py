@@ -126,7 +126,7 @@ def test_refusals(source: Path, tmp_path: Path, capsys: Output) -> None:
     narrow = tiny_folder_of(tmp_path / "narrow", "llama")
     assert tiny_config("llama").intermediate_size % 64
     assert command("quantize", narrow, "-o", tmp_path / "out", "--format", "nf4") == 2
-    assert "blocks of 64" in capsys.readouterr().err
+    assert "groups of 64" in capsys.readouterr().err
     assert command("quantize", source, "-o", tmp_path / "out.gguf", "--format", "nf4") == 2
     assert "name a folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -138,7 +138,7 @@ def test_a_damaged_block_is_made_again(tmp_path: Path) -> None:
         (("--group-size", 128), "groups of 32 fit"),
         (("--method", "gptq"), "--data"),
         (("--bits", 7), "7"),
-        (("--calibration-rows", 0), "calibration_rows is 0"),
+        (("--data", "rows.jsonl", "--limit", 0), "limit is 0"),
     ],
 )
 def test_refusals(options: tuple[object, ...], message: str, tmp_path: Path, capsys: Output) -> None:

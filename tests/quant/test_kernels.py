@@ -21,7 +21,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def both(codec: str, blocks: Tensor, dtype: torch.dtype, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(kernel, torch operations)."""
     form = CODECS[codec]
-    assert kernels.usable(blocks, dtype)
+    assert kernels.usable("Q4_1", blocks, dtype)
     stored = form.offset(blocks) if offset is None else offset
     return form.decode(blocks, dtype, offset), form.decode_reference(blocks, form.scale(blocks), stored, dtype)
 
@@ -86,5 +86,5 @@ def test_infinities_and_nans_stay_what_they_are(codec: str, dtype: torch.dtype) 
 
 def test_other_cases_go_to_torch() -> None:
     blocks = random_blocks("Q4_1", 2, 2, seed=0)
-    assert not kernels.usable(blocks, torch.float16)
-    assert not kernels.usable(blocks.to("meta"), torch.float32)
+    assert not kernels.usable("Q4_1", blocks, torch.float16)
+    assert not kernels.usable("Q4_1", blocks.to("meta"), torch.float32)
