@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorafold.errors import FormatError, bullet_list
-from lorafold.files import replacing_folder
-from lorafold.models.tensors import SafetensorsFolder, save_tensors
+from lorafold.models.tensors import SafetensorsFolder, create_folder
 from lorafold.quant.bnb import BLOCK, NESTED, dynamic_values
 from lorafold.quant.kernels import NF4_VALUES
 from lorafold.quant.linear import plain_parameters
@@ -168,10 +167,7 @@ def create_bnb(
     config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     if quantized:
         config["quantization_config"] = _quantization(kinds)
-    with replacing_folder(path) as temporary:
-        tokenizer.save_pretrained(temporary)
-        save_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    create_folder(path, model, tokenizer, tensors, config, "pt")
 
 
 def _quantization(kinds: set[str]) -> dict[str, Any]:

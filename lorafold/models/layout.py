@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from lorafold.errors import FormatError
 from lorafold.models.bnb_folder import BnbFolder
@@ -36,6 +37,8 @@ def from_packed(folder: MLXFolder | BnbFolder, dtype: torch.dtype) -> tuple[PreT
         with empty_parameters():
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**config, "dtype": dtype}))
         tokenizer = AutoTokenizer.from_pretrained(path)
+        if (path / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
     except (*BAD_CONFIG, OSError, KeyError) as error:
         raise FormatError(f"{path}: its config or tokenizer describes no possible model: {error}") from error
     faults = _fill_packed(model, folder, dtype)

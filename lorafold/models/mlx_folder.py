@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lorafold.errors import FormatError, bullet_list
 from lorafold.files import replacing_folder
-from lorafold.models.tensors import SafetensorsFolder, save_tensors
+from lorafold.models.tensors import SafetensorsFolder, create_folder
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import plain_parameters
 from lorafold.quant.mlx import BITS, GROUPS, STORED, mlx_codec
@@ -133,10 +133,7 @@ def create_mlx(
     tensors |= {name: value for name, value in plain.items() if name not in tied and name not in tensors}
     groups = {"group_size": default.format.group_size, "bits": default.format.bits}
     config = mlx_config(model.config) | {"quantization": groups | overrides}
-    with replacing_folder(path) as temporary:
-        tokenizer.save_pretrained(temporary)
-        save_tensors(temporary / "model.safetensors", tensors, {"format": "mlx"})
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    create_folder(path, model, tokenizer, tensors, config, "mlx")
 
 
 def mlx_config(config: PretrainedConfig) -> dict[str, Any]:

@@ -1,19 +1,22 @@
-"""Safetensors files: written whole, and mapped, to take out tensors as they are wanted."""
+"""Safetensors files: written whole, alone or in a model folder, and mapped, to take out tensors as they are wanted."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from lorafold.errors import FormatError
-from lorafold.files import default_mode
+from lorafold.files import default_mode, replacing_folder
 
 NUMBERS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _DTYPES = {**NUMBERS, "U32": torch.uint32, "U8": torch.uint8, "I8": torch.int8}
@@ -91,6 +94,26 @@ def _read_header(file: Path, data: np.ndarray) -> dict[str, StoredTensor]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{file} is damaged: {error}") from None
     return found
+
+
+def create_folder(
+    path: Path, model: PreTrainedModel, tokenizer: Any, tensors: dict[str, Tensor], config: dict[str, Any], kind: str
+) -> None:
+    """Write a model folder: tokenizer, tensors, config.json, and how the model is to be sampled from.
+
+    Args:
+        path: the new folder; it appears whole or not at all.
+        kind: "pt" or "mlx", the `format` of the tensors' file.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with replacing_folder(path) as temporary:
+        tokenizer.save_pretrained(temporary)
+        save_tensors(temporary / "model.safetensors", tensors, {"format": kind})
+        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        if model.generation_config is not None:
+            model.generation_config.to_json_file(temporary / GENERATION_CONFIG_NAME)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.ggml import Codec
+from lorafold.quant.solver import candidates, round_columns, squared_errors
 from lorafold.quant.weight import QuantizedWeight, check_encodable
 
 Method = Literal["rtn", "search", "gptq"]
@@ -44,7 +45,7 @@ def quantize(weight: Tensor, codec: str, method: Method, hessian: Tensor | None 
     assert form.affine
     out, width = weight.shape
     check_encodable(weight, form)
-    wide = weight.float()
+    wide, hessian = weight.float().cpu(), None if hessian is None else hessian.cpu()
     if method == "gptq":
         assert hessian is not None
         scale, offset, codes = _gptq(wide, hessian, form)
@@ -75,40 +76,19 @@ def _nearest(groups: Tensor, scale: Tensor, offset: Tensor, form: Codec) -> Tens
 def _parameters(groups: Tensor, form: Codec, method: Method, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and offset [...] of groups [..., n], as the format stores them; importance [n] or [G, n]."""
     low, high = groups.amin(-1), groups.amax(-1)
-    best = _stored((high - low) / _levels(form), form), _stored(low, form)
+    spanning = _stored((high - low) / _levels(form), form), _stored(low, form)
     if method == "rtn":
-        return best
-    weights = torch.ones_like(groups[0]) if importance is None else importance
+        return spanning
+    weights = groups.new_ones(form.group_size) if importance is None else importance
     weights = weights / weights.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) + 1e-3
-    least = _error(groups, *best, weights, form)
-    middle = (low + high) / 2
-    for span in _SPANS:
-        scale = span * (high - low) / _levels(form)
-        offset = middle - scale * _levels(form) / 2
-        for _ in range(_REFITS):
-            scale, offset = _refit(groups, _nearest(groups, scale, offset, form), weights, scale, offset)
-        scale, offset = _stored(scale, form), _stored(offset, form)
-        error = _error(groups, scale, offset, weights, form)
-        better = error < least
-        best = torch.where(better, scale, best[0]), torch.where(better, offset, best[1])
-        least = torch.where(better, error, least)
-    return best
-
-
-def _error(groups: Tensor, scale: Tensor, offset: Tensor, weights: Tensor, form: Codec) -> Tensor:
-    decoded = _nearest(groups, scale, offset, form) * scale[..., None] + offset[..., None]
-    return ((decoded - groups).square_() * weights).sum(-1)
-
-
-def _refit(groups: Tensor, codes: Tensor, weights: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset of the smallest weighted squared error for given codes; the old ones where all codes agree."""
-    total = weights.sum(-1)
-    mean_code, mean_weight = (codes * weights).sum(-1) / total, (groups * weights).sum(-1) / total
-    centred = codes - mean_code[..., None]
-    spread = (centred.square() * weights).sum(-1)
-    slope = (centred * groups * weights).sum(-1) / spread
-    usable = spread > 0
-    return torch.where(usable, slope, scale), torch.where(usable, mean_weight - slope * mean_code, offset)
+    weights, rows = weights.reshape(-1, form.group_size).contiguous(), groups.reshape(-1, form.group_size).contiguous()
+    found = candidates(rows, weights, _levels(form), _SPANS, _REFITS)
+    tried = [
+        torch.cat([first.reshape(-1, 1), _stored(more, form)], 1) for first, more in zip(spanning, found, strict=True)
+    ]
+    errors = squared_errors(rows, weights, _levels(form), *tried).nan_to_num_(nan=torch.inf)  # of an overflow
+    best = errors.argmin(1, keepdim=True)
+    return tried[0].gather(1, best).view_as(low), tried[1].gather(1, best).view_as(low)
 
 
 def _gptq(weight: Tensor, hessian: Tensor, form: Codec) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,12 +101,7 @@ def _gptq(weight: Tensor, hessian: Tensor, form: Codec) -> tuple[Tensor, Tensor,
     for at in range(0, width, size):
         columns, here = left[:, at : at + size].clone(), factor[at : at + size, at : at + size]
         scale, offset = _parameters(columns, form, "search", importance[at : at + size])
-        chosen, errors = torch.empty_like(columns), torch.empty_like(columns)
-        for j in range(size):
-            code = _nearest(columns[:, j : j + 1], scale, offset, form)[:, 0]
-            error = (columns[:, j] - (code * scale + offset)) / here[j, j]
-            columns[:, j:] -= error[:, None] * here[j, j:]
-            chosen[:, j], errors[:, j] = code, error
+        chosen, errors = round_columns(columns, here, scale, offset, _levels(form))
         left[:, at + size :] -= errors @ factor[at : at + size, at + size :]
         scales.append(scale)
         offsets.append(offset)

@@ -8,7 +8,7 @@ Source of the idea: GPTQ's reference code, which catches the inputs of the first
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,25 @@ from torch import Tensor, nn
 from lorafold.adapters.inject import linear_layers
 from lorafold.data.packs import Pack
 from lorafold.errors import FormatError
-from lorafold.models.load import LoadedModel
+from lorafold.models.load import LoadedModel, compute_dtype
 
 
 class _Reached(Exception):
     """The last block has been reached; nothing after it is needed."""
+
+
+@contextlib.contextmanager
+def _fast_products() -> Iterator[None]:
+    """Let products of float32 matrices round what they multiply to bfloat16, where the machine does that fast.
+
+    Sums stay float32, so that X^T X keeps its small eigenvalues; weights that are quantized are never rounded.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if compute_dtype() == torch.bfloat16 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class BlockWalk:
@@ -40,6 +54,7 @@ class BlockWalk:
         self._hidden, self._options = self._first_inputs(packs)
 
     @torch.no_grad()
+    @_fast_products()
     def hessians(self, index: int) -> dict[str, Tensor]:
         """X^T X [I, I] float32 of every linear layer of a block, by the layer's whole name."""
         prefix, block = self.blocks[index]
@@ -68,6 +83,7 @@ class BlockWalk:
         return sums
 
     @torch.no_grad()
+    @_fast_products()
     def advance(self, index: int) -> None:
         """Take the rows through a block as it is now."""
         self._hidden = self._run(index)

@@ -26,6 +26,12 @@ from tests.tiny import tiny_gguf, tiny_ids
 Output = pytest.CaptureFixture[str]
 
 
+@pytest.fixture
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows walk through the blocks in float32, as on a machine that is not faster in bfloat16."""
+    monkeypatch.setattr("lorafold.runs.blocks.compute_dtype", lambda: torch.float32)
+
+
 def _logits(path: Path) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = load(path).model(tiny_ids(40)).logits[0]
@@ -46,6 +52,18 @@ def test_mlx_folders_run_in_mlx(architecture: str, tmp_path: Path, data: Path) -
         ((_, theirs),) = runtime.logits(tiny_ids(40)[0].tolist())
     assert np.sqrt(np.mean((ours - theirs) ** 2)) < 0.02  # MLX computes in float16
     assert not (tmp_path / "mlx3.partial").exists()
+
+
+@pytest.mark.parametrize("options", [("--bits", 4), ("--format", "int8")])
+def test_how_a_model_is_sampled_from_is_kept(options: tuple[object, ...], tmp_path: Path) -> None:
+    """generation_config.json may end a text at more tokens than config.json, and say a temperature."""
+    source, middle, out = tiny_folder_of(tmp_path / "source", "llama"), tmp_path / "half", tmp_path / "quantized"
+    settings = {"eos_token_id": [2, 7], "temperature": 0.6}  # do_sample is missing: transformers would not save this
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    assert command("quantize", source, "-o", middle, *options) == 0
+    assert command("quantize", middle, "-o", out, *options) == 0
+    written = json.loads((out / "generation_config.json").read_text())
+    assert {key: written[key] for key in settings} == settings
 
 
 def test_train_fold_and_verify_what_was_quantized(tmp_path: Path, data: Path) -> None:
@@ -72,6 +90,7 @@ def test_gguf_files_run_in_llama_cpp(architecture: str, bits: int, tmp_path: Pat
     assert np.sqrt(np.mean((np.concatenate(rows) - _logits(out).numpy()) ** 2)) < 0.05  # 8-bit activations there
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_calibrated_by_the_inputs_that_the_layers_see(tmp_path: Path) -> None:
     """Each block's Hessians are those of the inputs that come out of the quantized blocks before it."""
     folder = tiny_folder_of(tmp_path / "source", "llama")
@@ -192,6 +211,7 @@ def test_gguf_refusals(tmp_path: Path, capsys: Output) -> None:
     assert "16-bit GGUF" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_blocks_are_walked_as_the_model_runs(tmp_path: Path) -> None:
     """The rows that leave the last block are the hidden states of the whole model before its last norm."""
     loaded = load(tiny_folder_of(tmp_path / "m", "gemma3"))
@@ -204,3 +224,18 @@ def test_blocks_are_walked_as_the_model_runs(tmp_path: Path) -> None:
             whole = loaded.model(torch.tensor(row.ids)[None], output_hidden_states=True)
             normed = loaded.model.base_model.norm(hidden)  # type: ignore[operator]
             torch.testing.assert_close(normed, whole.hidden_states[-1])
+
+
+def test_fast_products_are_near_and_end_with_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with bfloat16 products: X^T X within what 8 bits lose, and afterwards as exact as before."""
+    loaded, packs = load(tiny_folder_of(tmp_path / "m", "llama")), [pack([row]) for row in token_rows(3)]
+    found = []
+    for kind in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("lorafold.runs.blocks.compute_dtype", lambda kind=kind: kind)
+        walk = BlockWalk(loaded, packs)
+        walk.advance(0)
+        found.append(walk.hessians(1))
+        assert torch.get_float32_matmul_precision() == "highest"
+    for name, exact in found[0].items():
+        assert (found[1][name] - exact).norm() < 0.03 * exact.norm()
+        assert torch.linalg.eigvalsh(found[1][name]).min() > -1e-5 * exact.diagonal().sum()

@@ -9,6 +9,7 @@ from torch import Tensor
 from lorafold.quant.calibrate import quantize
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.mlx import mlx_codec
+from lorafold.quant.solver import candidates, squared_errors
 
 FORMATS = ("Q4_1", "Q5_1", mlx_codec(2, 32, "F16"), mlx_codec(3, 64, "BF16"), mlx_codec(4, 128, "F32"))
 formats = pytest.mark.parametrize("codec", FORMATS)
@@ -105,3 +106,35 @@ def test_refusals() -> None:
         quantize(torch.linspace(-1e6, 1e6, 32)[None], "Q4_1", "rtn")
     with pytest.raises(ValueError, match="not finite"):
         quantize(torch.randn(2, 32), "Q4_1", "gptq", torch.full((32, 32), float("nan")))
+
+
+@pytest.mark.parametrize("common", [0.0, 50.0])
+@pytest.mark.parametrize("levels", [3, 7, 31])
+def test_spans_are_refitted_as_least_squares_says(levels: int, common: float) -> None:
+    """Against weighted polyfit in float64, one refit; float32 loses digits of weights with much in common."""
+    groups, importance = torch.randn(12, 32) + common, torch.rand(4, 32) + 0.1
+    scale, offset = candidates(groups, importance, levels, (1.0, 0.7), 1)
+    for r, group in enumerate(groups.double()):
+        root = importance[r % 4].double().sqrt()
+        low, high = group.min(), group.max()
+        for s, share in enumerate((1.0, 0.7)):
+            step = share * (high - low) / levels
+            codes = ((group - ((low + high) / 2 - step * levels / 2)) / step).round().clamp(0, levels)
+            fit = torch.linalg.lstsq(torch.stack([codes, torch.ones(32).double()], 1) * root[:, None], group * root)
+            assert torch.allclose(
+                torch.stack([scale[r, s], offset[r, s]]).double(), fit.solution, rtol=1e-5 * (1 + common)
+            )
+    errors = squared_errors(groups, importance, levels, scale, offset).double()
+    wide, weights = groups.double()[:, None], importance.double()[torch.arange(12) % 4][:, None]
+    s, o = scale.double()[..., None], offset.double()[..., None]
+    expected = (((wide - o) / s).round().clamp(0, levels) * s + o - wide).square().mul(weights).sum(-1)
+    assert torch.allclose(errors, expected, rtol=1e-4 * (1 + common))
+
+
+def test_overflowing_candidates_are_passed_over() -> None:
+    """Nothing overflows at the largest float16 weights; near the limit of float32 nearest is what is left."""
+    for size, codec in ((6e4, "Q4_1"), (1e38, mlx_codec(4, 32, "F32"))):
+        weight = (torch.rand(2, 32) - 0.5) * size
+        near, found = (quantize(weight, codec, method).decode() for method in ("rtn", "search"))  # type: ignore[arg-type]
+        assert torch.isfinite(found).all()
+        assert (found - weight).double().square().sum() <= (near - weight).double().square().sum() * (1 + 1e-6)

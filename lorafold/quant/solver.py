@@ -1,0 +1,118 @@
+"""The inner loops of choosing codes on a CPU: spans tried for a group, and GPTQ's columns. See `calibrate.py`."""
+
+# R groups of n weights, each with importance [n] of row r mod G; S candidates of scale and offset for each group
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+from torch import Tensor
+
+from lorafold.quant.kernels import on_torch_threads
+
+_SUMS = {"reassoc", "contract", "nsz"}  # sums in any order, so that they are computed side by side
+
+
+def candidates(
+    groups: Tensor, importance: Tensor, levels: int, spans: tuple[float, ...], refits: int
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset [R, S] of groups [R, n] for each share of the whole span, refitted by least squares."""
+    scale, offset = (groups.new_empty(len(groups), len(spans)) for _ in range(2))
+    shares = np.array(spans, np.float32)
+    on_torch_threads(
+        _candidates,
+        groups.numpy(),
+        importance.numpy(),
+        np.float32(levels),
+        shares,
+        refits,
+        scale.numpy(),
+        offset.numpy(),
+    )
+    return scale, offset
+
+
+def squared_errors(groups: Tensor, importance: Tensor, levels: int, scale: Tensor, offset: Tensor) -> Tensor:
+    """Weighted squared error [R, S] of groups [R, n] rounded with scale and offset [R, S]."""
+    out = groups.new_empty(scale.shape)
+    arrays = (x.contiguous().numpy() for x in (scale, offset, out))
+    on_torch_threads(_squared_errors, groups.numpy(), importance.numpy(), np.float32(levels), *arrays)
+    return out
+
+
+def round_columns(columns: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Codes and errors [O, n] of columns [O, n] rounded one after the other, as GPTQ does.
+
+    Args:
+        columns: changed in place, each by what those before it lost.
+        factor: upper triangular [n, n].
+        scale, offset: [O].
+    """
+    codes, errors = columns.new_empty(columns.shape), columns.new_empty(columns.shape)
+    arrays = (x.numpy() for x in (columns, factor.contiguous(), scale, offset, codes, errors))
+    on_torch_threads(_round_columns, *arrays, np.float32(levels))
+    return codes, errors
+
+
+@njit(inline="always")
+def _code(weight, inverse, offset, levels):
+    return min(max(np.rint((weight - offset) * inverse), np.float32(0)), levels)
+
+
+@njit(inline="always")
+def _inverse(scale):
+    return np.float32(0) if scale == 0 else np.float32(1) / scale
+
+
+@njit(parallel=True, cache=True, fastmath=_SUMS)
+def _candidates(groups, importance, levels, shares, refits, scales, offsets):
+    n = groups.shape[1]
+    for r in prange(groups.shape[0]):
+        w, a = groups[r], importance[r % len(importance)]
+        low, high, total, mean = w[0], w[0], np.float32(0), np.float32(0)
+        for j in range(n):
+            low, high = min(low, w[j]), max(high, w[j])
+        for j in range(n):
+            total += a[j]
+            mean += a[j] * (w[j] - low)
+        for i in range(len(shares)):
+            scale = shares[i] * (high - low) / levels
+            offset = (low + high) / np.float32(2) - scale * levels / np.float32(2)
+            for _ in range(refits):
+                inverse, code_sum, square, product = _inverse(scale), np.float32(0), np.float32(0), np.float32(0)
+                for j in range(n):
+                    code = _code(w[j], inverse, offset, levels)
+                    code_sum += a[j] * code
+                    square += a[j] * code * code
+                    product += a[j] * code * (w[j] - low)
+                spread = square - code_sum * code_sum / total
+                if spread > np.float32(1e-6) * square:  # not all codes agree
+                    scale = (product - code_sum * mean / total) / spread
+                    offset = low + (mean - scale * code_sum) / total
+            scales[r, i], offsets[r, i] = scale, offset
+
+
+@njit(parallel=True, cache=True, fastmath=_SUMS)
+def _squared_errors(groups, importance, levels, scales, offsets, out):
+    for r in prange(groups.shape[0]):
+        w, a = groups[r], importance[r % len(importance)]
+        for i in range(scales.shape[1]):
+            scale, offset = scales[r, i], offsets[r, i]
+            inverse, error = _inverse(scale), np.float32(0)
+            for j in range(groups.shape[1]):
+                lost = w[j] - (_code(w[j], inverse, offset, levels) * scale + offset)
+                error += a[j] * lost * lost
+            out[r, i] = error
+
+
+@njit(parallel=True, cache=True)
+def _round_columns(columns, factor, scales, offsets, codes, errors, levels):
+    n = columns.shape[1]
+    for r in prange(columns.shape[0]):
+        w, scale, offset, inverse = columns[r], scales[r], offsets[r], _inverse(scales[r])
+        for i in range(n):
+            code = _code(w[i], inverse, offset, levels)
+            error = (w[i] - (code * scale + offset)) / factor[i, i]
+            for j in range(i, n):
+                w[j] -= error * factor[i, j]
+            codes[r, i], errors[r, i] = code, error
