@@ -3,20 +3,20 @@
     python benchmarks/bits_methods.py --task gsm8k --train gsm8k/train.jsonl.gz --test gsm8k/test.jsonl.gz -o DIR
     python benchmarks/bits_methods.py --task arc --train ARC-Easy.train.jsonl.gz --test ARC-Easy.test.jsonl.gz -o DIR
 
-`--quick` is one seed and few rows.
-
-SmolLM2-135M-Instruct, decoded from Q4_1 to float16, is the dense base. Rows of the table:
+`--quick` is one seed, one learning rate, 3 and 2 bits, and few rows. `--model` takes a transformers folder in 16 or 32
+bits; without it SmolLM2-135M-Instruct, decoded from Q4_1 to float16, is the dense base. Rows of the table:
 
 * LoRA on the dense base, merged, then rounded to nearest or quantized with GPTQ,
 * QLoRA (LoRA on NF4 with double quantization), merged, then GPTQ,
 * QA-LoRA on the dense base quantized with GPTQ first, folded: r = 16, all offsets, all offsets and scales.
 
-All files are MLX folders with an 8-bit embedding, in groups of 32; those of 4 bits in groups of 64, because the base's
-weights come from 4 bits in groups of 32 and would be kept by these unchanged. Learning rates are those of
-docs/results/gsm8k.md, not searched again for fewer bits or the other task. GPTQ is calibrated on the same training rows
-in every row of the table. gsm8k: loss per token of the answers; arc: share of questions whose right answer is the
-likeliest of four (mean log-likelihood per token). Finished parts in DIR are kept, so the command can be stopped and
-repeated.
+All files are MLX folders with an 8-bit embedding, in groups of 32; those of 4 bits in groups of 64, because the default
+base's weights come from 4 bits in groups of 32 and would be kept by these unchanged. GPTQ is calibrated on the same
+training rows in every row of the table. Each row tries its learning rates with the first seed, in the deployed file;
+the rate is chosen by a loss on training rows that were not trained on (gsm8k: of the answer, arc: of the right
+choice among all), the other seeds run at that rate, and the figures are of the test rows. gsm8k: loss per token of the
+answers; arc: share of questions whose right answer is the likeliest of all (mean log-likelihood per token). Finished
+parts in DIR are kept, so the command can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lorafold.adapters.inject import linear_layers
 from lorafold.config import AdapterSpec, DataConfig, QuantizeConfig, RowsConfig, RunConfig, TrainingConfig
 from lorafold.data.rows import Example
 from lorafold.data.tokens import Tokens, tokenize
-from lorafold.evals.choices import choice_accuracy
+from lorafold.evals.choices import choice_losses
 from lorafold.evals.loss import evaluate
 from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.load import LoadedModel, compute_dtype, load
@@ -53,13 +53,36 @@ from lorafold.runs.start import start
 
 GROUPS = {4: 64, 3: 32, 2: 32}
 CALIBRATION_ROWS = 64
-LORA = (AdapterSpec("lora", 8), 4e-3)
-QA_LORA = {
-    "QA-LoRA r=16": (AdapterSpec("qa-lora", 16), 8e-3),
-    "QA-LoRA full": (AdapterSpec("qa-lora", "full"), 1e-3),
-    "QA-LoRA full, offsets and scales": (AdapterSpec("qa-lora", "full", adapt="both"), 1e-3),
-}
+VALIDATION_ROWS = 100
+LORA_RATES = (4e-3, 2e-3)
+BASE = "base, GPTQ"
 TEMPLATES = {"gsm8k": "alpaca", "arc": "raw"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        base: the model that is trained: "dense", "nf4", or "quantized" (with GPTQ, in the bits of the column).
+        rates: learning rates to choose among.
+        after: how the merged model is quantized (dense and nf4 only).
+    """
+
+    base: str
+    spec: AdapterSpec
+    rates: tuple[float, ...]
+    after: str | None = None
+
+
+METHODS = {
+    "LoRA r=8, merged, GPTQ": Method("dense", AdapterSpec("lora", 8), LORA_RATES, "gptq"),
+    "LoRA r=8, merged, rounded to nearest": Method("dense", AdapterSpec("lora", 8), LORA_RATES, "rtn"),
+    "QLoRA (NF4) r=8, merged, GPTQ": Method("nf4", AdapterSpec("lora", 8), LORA_RATES, "gptq"),
+    "QA-LoRA r=16 on the GPTQ base": Method("quantized", AdapterSpec("qa-lora", 16), (4e-3, 8e-3)),
+    "QA-LoRA, all offsets": Method("quantized", AdapterSpec("qa-lora", "full"), (5e-4, 1e-3)),
+    "QA-LoRA, all offsets and scales": Method("quantized", AdapterSpec("qa-lora", "full", adapt="both"), (5e-4, 1e-3)),
+}
 
 
 @dataclass(frozen=True)
@@ -101,45 +124,55 @@ class Table:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self.folder / "results.json"
         self.results: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        settings = f"{args.task} {args.train.name} {args.test.name} {args.rows} {args.eval_rows}"
+        settings = f"{args.task} {args.train.name} {args.test.name} {args.rows} {args.eval_rows} {args.model or ''}"
         note = self.folder / "settings.txt"
         if note.exists() and note.read_text() != settings:
             raise SystemExit(f"{self.folder} holds results of {note.read_text()}, not of {settings}; choose another")
         note.write_text(settings)
-        self.train = read_questions(args.task, args.train, args.rows)
+        questions = read_questions(args.task, args.train, args.rows + VALIDATION_ROWS)
+        self.train, self.validation = questions[: args.rows], questions[args.rows :]
         self.test = read_questions(args.task, args.test, args.eval_rows)
         self.rows = self.folder / "train.jsonl"
         pairs = [{"prompt": q.prompt, "completion": q.choices[q.right]} for q in self.train]
         self.rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
-    def score(self, loaded: LoadedModel) -> float:
-        """Loss (gsm8k) or accuracy (arc) on the test rows."""
-        rows = [[self.tokens(loaded, q.prompt, choice) for choice in q.choices] for q in self.test]
+    def losses(self, loaded: LoadedModel, questions: list[Question]) -> tuple[float, float]:
+        """What a rate is chosen by, and what the table shows."""
+        rows = [[self.tokens(loaded, q.prompt, choice) for choice in q.choices] for q in questions]
         if self.args.task == "gsm8k":
-            return evaluate(loaded, [choices[0] for choices in rows])
-        return choice_accuracy(loaded, rows, [q.right for q in self.test])
+            loss = evaluate(loaded, [choices[0] for choices in rows])
+            return loss, loss
+        means = choice_losses(loaded, rows)
+        right = [q.right for q in questions]
+        chosen = [min(range(len(m)), key=m.__getitem__) for m in means]
+        loss = statistics.mean(
+            float(-torch.log_softmax(-torch.tensor(m), 0)[r]) for m, r in zip(means, right, strict=True)
+        )
+        return loss, statistics.mean(c == r for c, r in zip(chosen, right, strict=True))
 
     def tokens(self, loaded: LoadedModel, prompt: str, completion: str) -> Tokens:
         """One prompt with one completion."""
         example = Example(0, "prompt", prompt=prompt, completion=completion)
         return tokenize([example], loaded.tokenizer, template=TEMPLATES[self.args.task]).rows[0]
 
-    def measure(self, name: str, path: Path, trainable: int = 0) -> None:
-        """Score the model that lies at a path, once."""
-        if name not in self.results:
+    def measured(self, key: str, make: Callable[[], tuple[Path, int]]) -> dict[str, Any]:
+        """The figures of a model, which is made only if they are not there yet."""
+        if key not in self.results:
+            path, trainable = make()
             loaded = load(path, compute_dtype())
             layers = [x for n, x in linear_layers(loaded.model).items() if n != "lm_head"]
-            size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
             bits = sum(8 * x.packed.nbytes if isinstance(x, QuantLinear) else 16 * x.weight.numel() for x in layers)
             weights = sum(x.in_features * x.out_features for x in layers)
-            self.results[name] = {
-                "score": self.score(loaded),
+            self.results[key] = {
+                "validation": self.losses(loaded, self.validation)[0],
+                "test": self.losses(loaded, self.test)[1],
                 "bits": bits / weights,
-                "bytes": size,
+                "bytes": sum(f.stat().st_size for f in path.glob("*.safetensors")),
                 "trainable": trainable,
             }
             self.file.write_text(json.dumps(self.results, indent=2) + "\n")
-            self.display.say(f"{name}: {self.results[name]['score']:.4f}")
+            self.display.say(f"{key}: {self.results[key]['test']:.4f}")
+        return self.results[key]
 
     def made(self, name: str, make: Callable[[Path], object]) -> Path:
         """The folder of this name, made unless it is there."""
@@ -162,66 +195,96 @@ class Table:
 
         return self.made(name, make)
 
-    def trained(self, name: str, base: Path, spec: AdapterSpec, rate: float, seed: int) -> tuple[Path, int]:
-        """The folded (or merged) model of a run, and its trainable parameters."""
-        run = self.folder / f"run-{_file_name(name)}"
+    def base(self, kind: str, bits: int) -> Path:
+        """A model that is trained."""
+        dense = self.args.model or self.made("dense", write_dense)
+        if kind == "nf4":
+            return self.quantized("nf4", dense, format="nf4")
+        if kind == "quantized":
+            return self.quantized(f"base {bits}", dense, bits=bits, method="gptq", group_size=GROUPS[bits])
+        return dense
+
+    def deployed(self, method: Method, bits: int, rate: float, seed: int) -> tuple[Path, int]:
+        """The file of a method, and how many parameters were trained."""
+        base, spec = self.base(method.base, bits), method.spec
+        run = self.folder / _file_name(f"run {base.name} {spec.r} {spec.adapt} {rate} {seed}")
         if not (run / SUMMARY).exists():
             shutil.rmtree(run, ignore_errors=True)
             data = DataConfig(self.rows, eval_data=self.rows, eval_limit=8, template=TEMPLATES[self.args.task])
             training = TrainingConfig(learning_rate=rate, sample_rows=0, seed=seed)
             start(RunConfig(str(base), run, data, spec, training), self.display)
         finished = read_run(run)
-        to = "f16" if spec.method == "lora" else None
-        folded = self.made(f"{name} folded", lambda path: fold_run(finished, path, to, lossy=True))
-        return folded, finished.summary["trainable_parameters"]
+        to = None if method.after is None else "f16"
+        path = self.made(f"folded {run.name}", lambda path: fold_run(finished, path, to, lossy=True))
+        if method.after is not None:
+            merged, options = path, {"bits": bits, "method": method.after, "group_size": GROUPS[bits]}
+            path = self.quantized(f"after {run.name} {bits} {method.after}", merged, **options)
+        return path, finished.summary["trainable_parameters"]
 
     def fill(self) -> None:
-        """Everything, the cheapest comparisons first."""
-        dense = self.made("dense", write_dense)
-        self.measure("base", dense)
-        nf4 = self.quantized("nf4", dense, format="nf4")
+        """The first seed with all rates, then the others; what a file weighs is remembered, the file is not."""
+        self.measured("dense", lambda: (self.base("dense", 0), 0))
         for seed in self.args.seeds:
-            bases = {"LoRA": dense, "QLoRA": nf4}
-            merged = {name: self.trained(f"{name} {seed}", base, *LORA, seed) for name, base in bases.items()}
-            for name, (path, trainable) in merged.items():
-                self.measure(f"{name}, 16 bits | {seed}", path, trainable)
             for bits in self.args.bits:
-                for name, (path, trainable) in merged.items():
-                    for method in ("rtn", "gptq") if name == "LoRA" else ("gptq",):
-                        label = f"{name}, then {'GPTQ' if method == 'gptq' else 'nearest'}, {bits} bits | {seed}"
-                        if label not in self.results:
-                            made = self.quantized(
-                                f"after {label}", path, bits=bits, method=method, group_size=GROUPS[bits]
-                            )
-                            self.measure(label, made, trainable)
-                            shutil.rmtree(made)
-                base = self.quantized(f"base {bits}", dense, bits=bits, method="gptq", group_size=GROUPS[bits])
-                self.measure(f"GPTQ, {bits} bits", base)
-                for name, (spec, rate) in QA_LORA.items():
-                    label = f"{name}, {bits} bits | {seed}"
-                    if label not in self.results:
-                        path, trainable = self.trained(f"{name} {bits} {seed}", base, spec, rate, seed)
-                        self.measure(label, path, trainable)
-                        shutil.rmtree(path)
+                self.measured(f"{BASE} | {bits}", lambda bits=bits: (self.base("quantized", bits), 0))
+                for name, method in METHODS.items():
+                    first = seed == self.args.seeds[0]
+                    for rate in method.rates[: self.args.rates] if first else [self.rate(name, bits)]:
+                        key = f"{name} | {bits} | {rate} | {seed}"
+                        self.measured(key, lambda m=method, b=bits, r=rate, s=seed: self.deployed(m, b, r, s))
+                        for path in (*self.folder.glob("after-*"), *self.folder.glob("folded-run-base*")):
+                            shutil.rmtree(path)
+            for path in self.folder.glob("folded-*"):
+                shutil.rmtree(path)
+
+    def rate(self, name: str, bits: int) -> float:
+        """The learning rate of the smallest validation loss with the first seed."""
+        tried = METHODS[name].rates[: self.args.rates]
+        return min(tried, key=lambda r: self.results[f"{name} | {bits} | {r} | {self.args.seeds[0]}"]["validation"])
+
+    def scores(self, name: str, bits: int) -> list[float]:
+        """Test figures of all seeds at the rate that was chosen."""
+        rate = self.rate(name, bits)
+        return [self.results[f"{name} | {bits} | {rate} | {seed}"]["test"] for seed in self.args.seeds]
 
     def markdown(self) -> str:
-        """Mean and spread over the seeds."""
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for name, result in self.results.items():
-            groups.setdefault(name.partition(" | ")[0], []).append(result)
-        measure = "loss" if self.args.task == "gsm8k" else "accuracy"
+        """Mean and spread over the seeds, and the best of both sides compared seed by seed."""
+        columns = self.args.bits
         lines = [
-            f"| model in the file | {measure} | bits per weight | file | trainable |",
-            "|---|---:|---:|---:|---:|",
+            "| model in the file | " + " | ".join(f"{bits} bits" for bits in columns) + " |",
+            "|---|" + "---:|" * len(columns),
+            f"| {BASE}, not trained | "
+            + " | ".join(f"{self.results[f'{BASE} | {b}']['test']:.4f}" for b in columns)
+            + " |",
         ]
-        for name, results in groups.items():
-            scores = [r["score"] for r in results]
-            spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
-            lines.append(
-                f"| {name} | {statistics.mean(scores):.4f}{spread} | {results[0]['bits']:.2f} "
-                f"| {results[0]['bytes'] / 1e6:.1f} MB | {results[0]['trainable']:,} |"
-            )
-        return "\n".join(lines)
+        for name in METHODS:
+            cells = [f"{_mean(self.scores(name, b))} ({self.rate(name, b):g})" for b in columns]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        ours, others = ([n for n, m in METHODS.items() if (m.base == "quantized") == side] for side in (True, False))
+        best = [self._best(names) for names in (ours, others)]
+        cells = [
+            _mean([x - y for x, y in zip(self.scores(best[0][b], b), self.scores(best[1][b], b), strict=True)], "+")
+            for b in columns
+        ]
+        lines.append("| best QA-LoRA minus best quantized afterwards | " + " | ".join(cells) + " |")
+        sizes = [self.results[f"{BASE} | {b}"] for b in columns]
+        lines.append("| bits per weight | " + " | ".join(f"{s['bits']:.2f}" for s in sizes) + " |")
+        lines.append("| file | " + " | ".join(f"{s['bytes'] / 1e6:.1f} MB" for s in sizes) + " |")
+        for name in METHODS:
+            keys = [f"{name} | {b} | {self.rate(name, b)} | {self.args.seeds[0]}" for b in columns]
+            cells = [f"{self.results[key]['trainable'] / 1e6:.2f} M" for key in keys]
+            lines.append(f"| trainable: {name} | " + " | ".join(cells) + " |")
+        return "\n".join(lines) + f"\n\nIn 16 bits, not trained: {self.results['dense']['test']:.4f}"
+
+    def _best(self, names: list[str]) -> dict[int, str]:
+        """For each number of bits the method of the smallest mean loss, or of the highest mean accuracy."""
+        sign = -1 if self.args.task == "arc" else 1
+        return {b: min(names, key=lambda n, b=b: sign * statistics.mean(self.scores(n, b))) for b in self.args.bits}
+
+
+def _mean(values: list[float], sign: str = "") -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.4f}{spread}"
 
 
 @torch.no_grad()
@@ -246,14 +309,18 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--model", type=Path, help="a transformers folder in 16 or 32 bits")
+    parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--eval-rows", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], choices=[2, 3, 4])
-    parser.add_argument("--quick", action="store_true", help="one seed, 3 and 2 bits, 120 training and 60 test rows")
+    parser.add_argument("--rates", type=int, default=2, help="how many learning rates each row of the table tries")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed and rate, 3 and 2 bits, 120 training and 60 test rows"
+    )
     args = parser.parse_args()
     if args.quick:
-        args.rows, args.eval_rows, args.seeds, args.bits = 120, 60, args.seeds[:1], [3, 2]
+        args.rows, args.eval_rows, args.seeds, args.bits, args.rates = 120, 60, args.seeds[:1], [3, 2], 1
     table = Table(args)
     table.fill()
     print(table.markdown())

@@ -72,7 +72,7 @@ def fold(model: nn.Module, name: str = "default", least_kept: float | None = LEA
             raise FoldError(
                 "a LoRA update varies inside a quantization group, so it has no exact place in the file: export it "
                 "(lorafold export --to gguf-adapter or mlx-adapter), or merge and quantize again with loss "
-                "(fold --to TYPE --lossy)"
+                "(fold --lossy; of a GGUF file also --to TYPE)"
             )
         result = _fold_layer(path, layer, adapter)
         folds.append(result)

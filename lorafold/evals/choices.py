@@ -12,6 +12,8 @@ from lorafold.data.tokens import Tokens
 from lorafold.evals.loss import ALIGN, CHUNK, hidden_states, logits_of
 from lorafold.models.load import LoadedModel
 
+_TOGETHER = 16  # questions, whose rows share packs
+
 
 @torch.no_grad()
 def row_losses(loaded: LoadedModel, rows: Sequence[Tokens], max_tokens: int = 1024) -> list[tuple[float, int]]:
@@ -33,23 +35,33 @@ def row_losses(loaded: LoadedModel, rows: Sequence[Tokens], max_tokens: int = 10
     return results
 
 
+def choice_losses(
+    loaded: LoadedModel, questions: Sequence[Sequence[Tokens]], progress: Callable[[int], None] | None = None
+) -> list[list[float]]:
+    """For each question the mean cross-entropy per token (nats) of each of its choices.
+
+    Args:
+        questions: for each question its choices, each a row whose supervised tokens are the choice.
+        progress: called with the number of questions done, some at a time.
+    """
+    assert all(any(row.supervised) for choices in questions for row in choices)
+    means: list[list[float]] = []
+    for start in range(0, len(questions), _TOGETHER):
+        part = questions[start : start + _TOGETHER]
+        losses = iter(row_losses(loaded, [row for choices in part for row in choices]))
+        means += [[total / count for total, count in (next(losses) for _ in choices)] for choices in part]
+        if progress:
+            progress(len(part))
+    return means
+
+
 def choice_accuracy(
     loaded: LoadedModel,
     questions: Sequence[Sequence[Tokens]],
     answers: Sequence[int],
     progress: Callable[[int], None] | None = None,
 ) -> float:
-    """Share of questions whose right answer has the lowest mean cross-entropy per token.
-
-    Args:
-        questions: for each question its choices, each a row whose supervised tokens are the choice.
-        answers: index of the right choice.
-    """
-    assert all(any(row.supervised) for choices in questions for row in choices)
-    right = 0
-    for choices, answer in zip(questions, answers, strict=True):
-        means = [total / count for total, count in row_losses(loaded, choices)]
-        right += min(range(len(means)), key=means.__getitem__) == answer
-        if progress:
-            progress(1)
+    """Share of questions whose right answer, given by its index, has the lowest mean cross-entropy per token."""
+    means = choice_losses(loaded, questions, progress)
+    right = sum(min(range(len(m)), key=m.__getitem__) == answer for m, answer in zip(means, answers, strict=True))
     return right / len(questions)

@@ -153,11 +153,14 @@ def mlx_config(config: PretrainedConfig) -> dict[str, Any]:
     return values
 
 
-def write_mlx(base: MLXFolder, replaced: Mapping[str, QuantizedWeight], path: Path) -> None:
-    """Write a copy of the folder in which scales and biases of some layers are other.
+def write_mlx(
+    base: MLXFolder, replaced: Mapping[str, QuantizedWeight], plain: Mapping[str, Tensor], path: Path
+) -> None:
+    """Write a copy of the folder in which some layers are other.
 
     Args:
-        replaced: layer -> matrix in the same format, with the same codes.
+        replaced: layer -> matrix in the same format.
+        plain: tensor -> other numbers, in the type it has.
         path: the new folder; it appears whole or not at all.
 
     Raises:
@@ -167,10 +170,14 @@ def write_mlx(base: MLXFolder, replaced: Mapping[str, QuantizedWeight], path: Pa
         for source in sorted(base.path.iterdir()):
             if source.is_file():
                 shutil.copyfile(source, temporary / source.name)
+        parts = dict(plain)
         for layer, weight in replaced.items():
-            size = CODECS[weight.codec].codes_at // 2
-            for part, at in (("scales", 0), ("biases", size)):
-                stored = base.tensors[f"{layer}.{part}"]
-                with (temporary / stored.file.name).open("r+b") as out:
-                    out.seek(stored.start)
-                    out.write(weight.blocks[..., at : at + size].contiguous().cpu().numpy().data)
+            codes = CODECS[weight.codec].codes_at
+            parts[f"{layer}.scales"] = weight.blocks[..., : codes // 2]
+            parts[f"{layer}.biases"] = weight.blocks[..., codes // 2 : codes]
+            parts[f"{layer}.weight"] = weight.blocks[..., codes:]
+        for name, value in parts.items():
+            stored = base.tensors[name]
+            with (temporary / stored.file.name).open("r+b") as out:
+                out.seek(stored.start)
+                out.write(value.cpu().contiguous().view(torch.uint8).numpy().data)

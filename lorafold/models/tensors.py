@@ -61,6 +61,10 @@ class SafetensorsFolder:
         if not self.tensors:
             raise FormatError(f"{path} holds no model*.safetensors file")
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type a tensor is stored in."""
+        return _DTYPES[self.tensors[name].kind]
+
     def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor, uint8, a view of the mapped file (writing to it changes no file)."""
         stored = self.tensors[name]

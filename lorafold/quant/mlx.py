@@ -21,6 +21,7 @@ from lorafold.quant.ggml import Codec
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
+_LEAST_SCALE = 1e-7
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -31,7 +32,6 @@ class MLXCodec(Codec):
     In bfloat16 an update of an offset below 2^-9 of it vanishes; training sees that.
     """
 
-    encodes: bool = False
     stored: torch.dtype = torch.bfloat16
 
     @property
@@ -62,6 +62,21 @@ class MLXCodec(Codec):
         place = torch.arange(self.bits, device=codes.device) * 8
         packed = ((words >> place) & 255).flatten(-2).to(torch.uint8)
         return torch.cat([self._write(scale), self._write(offset), packed], dim=-1)
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Blocks of the dense matrix [O, G group], as mx.quantize makes them.
+
+        The weight of largest magnitude becomes the bias, and the scale is changed a little so that zero is a code.
+        """
+        groups, levels = weight.float().unflatten(1, (-1, self.group_size)), (1 << self.bits) - 1
+        low, high = groups.amin(-1), groups.amax(-1)
+        from_low = low.abs() > high.abs()
+        scale = ((high - low) / levels).clamp_min(_LEAST_SCALE)
+        scale, edge = torch.where(from_low, scale, -scale), torch.where(from_low, low, high)
+        zero = (edge / scale).round()
+        scale, offset = torch.where(zero == 0, scale, edge / zero), torch.where(zero == 0, 0.0, edge)
+        codes = ((groups - offset[..., None]) / scale[..., None]).round().clamp(0, levels)
+        return self.assemble(scale, offset, codes.to(torch.uint8))
 
     def with_offset(self, blocks: Tensor, offset: Tensor) -> Tensor:
         """A copy of the blocks in which only the biases are other: float32 [O, G], already rounded."""

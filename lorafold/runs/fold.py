@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from lorafold.adapters.fold import (
     requantize,
 )
 from lorafold.adapters.inject import adapted_layers, linear_layers
+from lorafold.adapters.lora import LoRA
 from lorafold.errors import FoldError, bullet_list
 from lorafold.files import replacing_folder, size_on_disk
 from lorafold.models.adapter_files import load_adapter
@@ -31,7 +32,7 @@ from lorafold.models.mlx_folder import MLXFolder, write_mlx
 from lorafold.models.tensors import save_tensors
 from lorafold.quant.codecs import GGUF_CODECS
 from lorafold.quant.linear import QuantLinear
-from lorafold.quant.weight import QuantizedWeight, encode
+from lorafold.quant.weight import QuantizedWeight, encode, steps_apart
 from lorafold.runs.folder import Run
 
 DENSE_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -166,9 +167,32 @@ def _refuse_loss(report: FoldReport, lossy: bool) -> None:
 def _fold_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path, to: str | None, lossy: bool) -> FoldReport:
     if to is not None:
         raise FoldError(f"an MLX folder is folded in its own format, not in {to}; leave --to out")
+    if lossy and any(isinstance(layer.adapter, LoRA) for _, layer in adapted_layers(loaded.model)):
+        return _requantize_mlx(loaded, folder, path)
     folds = fold(loaded.model, least_kept=None if lossy else LEAST_KEPT)
-    write_mlx(folder, {f.name: f.weight for f in folds}, path)
+    write_mlx(folder, {f.name: f.weight for f in folds}, {}, path)
     return _sized(_packed_report("exact", folds, loaded), path)
+
+
+@torch.no_grad()
+def _requantize_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path) -> FoldReport:
+    """Merge LoRA and quantize again as mlx_lm.fuse does; layers that are not quantized stay so."""
+    packed: dict[str, QuantizedWeight] = {}
+    plain: dict[str, torch.Tensor] = {}
+    kept: list[float] = []
+    steps: list[float] = []
+    for name, layer in adapted_layers(loaded.model):
+        before, wanted = base_weight(layer.base), merged_weight(layer)
+        if isinstance(layer.base, QuantLinear):
+            packed[name] = _encoded(name, wanted, layer.base.codec)
+            steps.append(steps_apart(wanted, packed[name]))
+        else:
+            plain[f"{name}.weight"] = wanted.to(folder.stored_dtype(f"{name}.weight"))
+        stored = packed[name].decode() if name in packed else plain[f"{name}.weight"].float()
+        kept.append(kept_fraction(stored - before, wanted - before))
+    write_mlx(folder, packed, plain, path)
+    report = _dense_report(kept, size_on_disk(loaded.path))
+    return _sized(replace(report, error_steps=max(steps, default=float("nan"))), path)
 
 
 @torch.no_grad()

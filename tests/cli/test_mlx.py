@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorafold.adapters.fold import merged_weight
 from lorafold.adapters.inject import adapted_layers, inject
 from lorafold.config import AdapterSpec
 from lorafold.evals.mlx_lm import MlxLm
@@ -28,6 +29,9 @@ from tests.tiny import tiny_ids
 from tests.tiny_mlx import tiny_mlx
 
 pytest.importorskip("mlx_lm")
+mx: Any = pytest.importorskip("mlx.core")
+
+FILE = "model.safetensors"
 
 Made = Callable[[str], tuple[Path, Path, Path]]
 Output = pytest.CaptureFixture[str]
@@ -210,7 +214,33 @@ def test_folders_that_do_not_fit(made: Made, data: Path, tmp_path: Path, capsys:
     assert "model.safetensors is damaged" in cut
 
 
-def test_lora_on_mlx_is_not_folded(made: Made, data: Path, tmp_path: Path, capsys: Output) -> None:
+@pytest.mark.parametrize("kind", ["llama 4 bit bf16", "qwen3 mixed"])
+def test_lora_on_mlx_is_folded_with_loss_as_mlx_does(made: Made, kind: str, data: Path, tmp_path: Path) -> None:
+    """The control: every layer as mx.quantize makes it of the merged weight; layers that are not quantized merged."""
+    base, run, out = made(kind)[0], tmp_path / "run", tmp_path / "out"
+    options = quick("--method", "lora", "--learning-rate", 0.03)
+    assert command("train", base, "--data", data, "--output-dir", run, *options) == 0
+    assert command("fold", run, "-o", out, "--lossy") == 0
+    before, after, folder = load_file(base / FILE), load_file(out / FILE), MLXFolder(out)
+    adapted = dict(adapted_layers(load_trained(read_run(run)).model))
+    for name, layer in adapted.items():
+        wanted = merged_weight(layer)
+        if f"{name}.scales" in after:
+            codec = folder.packed(name).format
+            kind_of = {torch.bfloat16: mx.bfloat16, torch.float16: mx.float16}[codec.stored]
+            codes, scales, biases = mx.quantize(mx.array(wanted.numpy()), codec.group_size, codec.bits)
+            assert np.array_equal(np.array(codes), after[f"{name}.weight"].numpy())
+            for part, value in (("scales", scales), ("biases", biases)):
+                theirs = np.array(value.astype(kind_of).astype(mx.float32))
+                assert np.array_equal(theirs, after[f"{name}.{part}"].float().numpy())
+        else:
+            assert torch.equal(after[f"{name}.weight"], wanted.to(after[f"{name}.weight"].dtype))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert {key.rpartition(".")[0] for key in changed} <= adapted.keys()
+
+
+def test_lora_on_mlx_is_not_folded_unasked(made: Made, data: Path, tmp_path: Path, capsys: Output) -> None:
     base = made("llama 4 bit bf16")[0]
     options = quick("--method", "lora")
     assert command("train", base, "--data", data, "--output-dir", tmp_path / "run", *options) == 0

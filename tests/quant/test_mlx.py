@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.mlx import BITS, GROUPS, STORED, MLXCodec, mlx_codec
-from lorafold.quant.weight import QuantizedWeight
+from lorafold.quant.weight import QuantizedWeight, encode
 
 mx: Any = pytest.importorskip("mlx.core")
 MLX_TYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
@@ -43,6 +43,21 @@ def codec_of(bits: int, group: int, stored: str) -> MLXCodec:
     codec = CODECS[mlx_codec(bits, group, stored)]
     assert isinstance(codec, MLXCodec)
     return codec
+
+
+@all_bits
+@all_groups
+@all_types
+@pytest.mark.parametrize("size", [1e-6, 1.0, 300.0])
+def test_encode_equals_mlx_byte_for_byte(bits: int, group: int, stored: str, size: float) -> None:
+    """Random groups, groups of equal weights, and groups whose largest magnitude is positive or negative."""
+    weight = torch.randn(12, 2 * group, generator=torch.Generator().manual_seed(bits)) * size
+    weight[0], weight[1], weight[2], weight[3] = 0, 0.75 * size, weight[2].abs(), -weight[3].abs()
+    weight = weight.to(STORED[stored])
+    parts = mx.quantize(mx.array(weight.float().numpy()).astype(MLX_TYPES[stored]), group, bits)
+    codes, scales, biases = (to_bytes(part).reshape(12, 2, -1) for part in parts)
+    ours = encode(weight, mlx_codec(bits, group, stored))
+    assert torch.equal(ours.blocks, torch.cat([scales, biases, codes], -1))
 
 
 @all_bits
