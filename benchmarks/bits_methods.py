@@ -6,7 +6,7 @@
 `--quick` is one seed, one learning rate, 3 and 2 bits, and few rows. `--model` takes a transformers folder in 16 or 32
 bits; without it SmolLM2-135M-Instruct, decoded from Q4_1 to float16, is the dense base. Rows of the table:
 
-* LoRA on the dense base, merged, then rounded to nearest or quantized with GPTQ,
+* LoRA on the dense base, merged, then rounded to nearest (first seed only) or quantized with GPTQ,
 * QLoRA (LoRA on NF4 with double quantization), merged, then GPTQ,
 * QA-LoRA on the dense base quantized with GPTQ first, folded: r = 16, all offsets, all offsets and scales.
 
@@ -22,6 +22,7 @@ parts in DIR are kept, so the command can be stopped and repeated.
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import json
 import re
@@ -54,7 +55,7 @@ from lorafold.runs.start import start
 GROUPS = {4: 64, 3: 32, 2: 32}
 CALIBRATION_ROWS = 64
 VALIDATION_ROWS = 100
-LORA_RATES = (4e-3, 2e-3)
+LORA_RATES = (4e-3, 2e-3, 8e-3)
 BASE = "base, GPTQ"
 TEMPLATES = {"gsm8k": "alpaca", "arc": "raw"}
 
@@ -79,9 +80,11 @@ METHODS = {
     "LoRA r=8, merged, GPTQ": Method("dense", AdapterSpec("lora", 8), LORA_RATES, "gptq"),
     "LoRA r=8, merged, rounded to nearest": Method("dense", AdapterSpec("lora", 8), LORA_RATES, "rtn"),
     "QLoRA (NF4) r=8, merged, GPTQ": Method("nf4", AdapterSpec("lora", 8), LORA_RATES, "gptq"),
-    "QA-LoRA r=16 on the GPTQ base": Method("quantized", AdapterSpec("qa-lora", 16), (4e-3, 8e-3)),
-    "QA-LoRA, all offsets": Method("quantized", AdapterSpec("qa-lora", "full"), (5e-4, 1e-3)),
-    "QA-LoRA, all offsets and scales": Method("quantized", AdapterSpec("qa-lora", "full", adapt="both"), (5e-4, 1e-3)),
+    "QA-LoRA r=16 on the GPTQ base": Method("quantized", AdapterSpec("qa-lora", 16), (4e-3, 8e-3, 2e-3)),
+    "QA-LoRA, all offsets": Method("quantized", AdapterSpec("qa-lora", "full"), (5e-4, 1e-3, 2.5e-4)),
+    "QA-LoRA, all offsets and scales": Method(
+        "quantized", AdapterSpec("qa-lora", "full", adapt="both"), (5e-4, 1e-3, 2.5e-4)
+    ),
 }
 
 
@@ -155,8 +158,8 @@ class Table:
         example = Example(0, "prompt", prompt=prompt, completion=completion)
         return tokenize([example], loaded.tokenizer, template=TEMPLATES[self.args.task]).rows[0]
 
-    def measured(self, key: str, make: Callable[[], tuple[Path, int]]) -> dict[str, Any]:
-        """The figures of a model, which is made only if they are not there yet."""
+    def measured(self, key: str, make: Callable[[], tuple[Path, int]], choosing: bool = False) -> dict[str, Any]:
+        """The figures of a model, which is made only if they are not there yet; a validation loss if `choosing`."""
         if key not in self.results:
             path, trainable = make()
             loaded = load(path, compute_dtype())
@@ -164,7 +167,7 @@ class Table:
             bits = sum(8 * x.packed.nbytes if isinstance(x, QuantLinear) else 16 * x.weight.numel() for x in layers)
             weights = sum(x.in_features * x.out_features for x in layers)
             self.results[key] = {
-                "validation": self.losses(loaded, self.validation)[0],
+                "validation": self.losses(loaded, self.validation)[0] if choosing else None,
                 "test": self.losses(loaded, self.test)[1],
                 "bits": bits / weights,
                 "bytes": sum(f.stat().st_size for f in path.glob("*.safetensors")),
@@ -229,9 +232,12 @@ class Table:
                 self.measured(f"{BASE} | {bits}", lambda bits=bits: (self.base("quantized", bits), 0))
                 for name, method in METHODS.items():
                     first = seed == self.args.seeds[0]
+                    if method.after == "rtn" and not first:
+                        continue  # once shows what it loses
                     for rate in method.rates[: self.args.rates] if first else [self.rate(name, bits)]:
                         key = f"{name} | {bits} | {rate} | {seed}"
-                        self.measured(key, lambda m=method, b=bits, r=rate, s=seed: self.deployed(m, b, r, s))
+                        make = functools.partial(self.deployed, method, bits, rate, seed)
+                        self.measured(key, make, choosing=first and self.args.rates > 1)
                         for path in (*self.folder.glob("after-*"), *self.folder.glob("folded-run-base*")):
                             shutil.rmtree(path)
             for path in self.folder.glob("folded-*"):
@@ -240,12 +246,14 @@ class Table:
     def rate(self, name: str, bits: int) -> float:
         """The learning rate of the smallest validation loss with the first seed."""
         tried = METHODS[name].rates[: self.args.rates]
+        if len(tried) == 1:
+            return tried[0]
         return min(tried, key=lambda r: self.results[f"{name} | {bits} | {r} | {self.args.seeds[0]}"]["validation"])
 
     def scores(self, name: str, bits: int) -> list[float]:
-        """Test figures of all seeds at the rate that was chosen."""
-        rate = self.rate(name, bits)
-        return [self.results[f"{name} | {bits} | {rate} | {seed}"]["test"] for seed in self.args.seeds]
+        """Test figures of the seeds at the rate that was chosen."""
+        keys = [f"{name} | {bits} | {self.rate(name, bits)} | {seed}" for seed in self.args.seeds]
+        return [self.results[key]["test"] for key in keys if key in self.results]
 
     def markdown(self) -> str:
         """Mean and spread over the seeds, and the best of both sides compared seed by seed."""
@@ -260,7 +268,8 @@ class Table:
         for name in METHODS:
             cells = [f"{_mean(self.scores(name, b))} ({self.rate(name, b):g})" for b in columns]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        ours, others = ([n for n, m in METHODS.items() if (m.base == "quantized") == side] for side in (True, False))
+        ours = [name for name, method in METHODS.items() if method.base == "quantized"]
+        others = [name for name, method in METHODS.items() if method.after == "gptq"]
         best = [self._best(names) for names in (ours, others)]
         cells = [
             _mean([x - y for x, y in zip(self.scores(best[0][b], b), self.scores(best[1][b], b), strict=True)], "+")
@@ -314,7 +323,7 @@ def main() -> None:
     parser.add_argument("--eval-rows", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], choices=[2, 3, 4])
-    parser.add_argument("--rates", type=int, default=2, help="how many learning rates each row of the table tries")
+    parser.add_argument("--rates", type=int, default=2, help="how many learning rates each row tries, at most 3")
     parser.add_argument(
         "--quick", action="store_true", help="one seed and rate, 3 and 2 bits, 120 training and 60 test rows"
     )

@@ -61,7 +61,7 @@ ENGINES = {
     "xllamacpp": "evals/llama_cpp.py",
     "mlx": "evals/mlx_lm.py",
     "mlx_lm": "evals/mlx_lm.py",
-    "numba": "quant/kernels.py quant/solver.py models/kernels.py",
+    "numba": "quant/compiled.py quant/kernels.py quant/lookup.py quant/solver.py models/kernels.py",
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from lorafold.quant.kernels import on_torch_threads, round_bfloat16
+from lorafold.quant.compiled import on_torch_threads, round_bfloat16
 
 _SAFE = {"reassoc", "contract"}  # sums in any order; infinities and NaN stay what they are
 _LOG2E = np.float32(1.4426950408889634)

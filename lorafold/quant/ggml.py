@@ -77,6 +77,10 @@ class Codec:
             return read_half(blocks, 2)
         return torch.full(blocks.shape[:2], -0.0, device=blocks.device)
 
+    def parameters(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and offsets, as `scale` and `offset` give them."""
+        return self.scale(blocks), self.offset(blocks)
+
     def codes(self, blocks: Tensor) -> Tensor:
         """Codes [O, G, 32], unsigned 8-bit (signed for Q8_0)."""
         at = self.codes_at
@@ -154,6 +158,8 @@ class Codec:
         Args:
             offset, scale: float32 [O, G], in place of the stored ones.
         """
+        if scale is None and offset is None:
+            scale, offset = self.parameters(blocks)
         scale = self.scale(blocks) if scale is None else scale
         offset = self.offset(blocks) if offset is None else offset
         if kernels.usable(self.name, blocks, dtype):

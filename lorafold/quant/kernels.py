@@ -8,13 +8,13 @@ torch does). Compiled code is cached on disk, for which each kernel must be a fu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
-from numba import config, njit, prange, set_num_threads
+from numba import njit, prange
 from torch import Tensor
+
+from lorafold.quant import lookup
+from lorafold.quant.compiled import on_torch_threads, round_bfloat16
 
 # kvalues_iq4nl of ggml-common.h
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -24,7 +24,6 @@ NF4_VALUES = (
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-_MOST_THREADS: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
 def usable(name: str, blocks: Tensor, dtype: torch.dtype) -> bool:
@@ -41,20 +40,34 @@ def decode(name: str, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torc
     exact, rounded, weights, *arguments = _KERNELS[name] if name in _KERNELS else _mlx_kernels(name)
     out = torch.empty(blocks.shape[0], blocks.shape[1] * weights, dtype=dtype)
     raw, s, o = blocks.numpy(), scale.detach().contiguous().numpy(), offset.detach().contiguous().numpy()
-    if dtype == torch.bfloat16:
+    looked_up = _lookup(name) if dtype == torch.bfloat16 and lookup.supported() else None
+    if looked_up is not None:
+        kernel, values, at = looked_up
+        on_torch_threads(kernel, raw, s, o, values, at, out.view(torch.uint16).numpy())
+    elif dtype == torch.bfloat16:
         on_torch_threads(rounded, raw, s, o, *arguments, out.view(torch.uint16).numpy())
     else:
         on_torch_threads(exact, raw, s, o, *arguments, out.numpy())
     return out
 
 
-def on_torch_threads(kernel: Callable[..., None], *arguments: Any) -> None:
-    """Run a parallel kernel on as many threads as torch uses."""
-    threads = torch.get_num_threads()
-    set_num_threads(min(threads, _MOST_THREADS))
-    kernel(*arguments)
-    if torch.get_num_threads() != threads:  # numba's first call sets OpenMP's number for torch too
-        torch.set_num_threads(threads)
+def six_bit_parameters(blocks: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales d sc and offsets -dmin m [O, 8 B] of Q4_K or Q5_K blocks uint8 [O, B, bytes]; d and dmin [O, B]."""
+    scale, offset = (d.new_empty(blocks.shape[0], 8 * blocks.shape[1]) for _ in range(2))
+    on_torch_threads(_six_bit, blocks.numpy(), d.numpy(), dmin.numpy(), scale.numpy(), offset.numpy())
+    return scale, offset
+
+
+@njit(parallel=True, cache=True)
+def _six_bit(raw, d, dmin, scale, offset):
+    for r in prange(raw.shape[0]):
+        for b in range(raw.shape[1]):
+            for i in range(4):
+                a, m, c, g = raw[r, b, 4 + i], raw[r, b, 8 + i], raw[r, b, 12 + i], 8 * b + i
+                scale[r, g] = d[r, b] * np.float32(a & 63)
+                scale[r, g + 4] = d[r, b] * np.float32((c & 15) | ((a >> 2) & 48))
+                offset[r, g] = -(dmin[r, b] * np.float32(m & 63))
+                offset[r, g + 4] = -(dmin[r, b] * np.float32((c >> 4) | ((m >> 2) & 48)))
 
 
 @njit(inline="always")
@@ -81,17 +94,6 @@ def _block5(raw, r, g, at, s, o, zero, w):
 def _block8(raw, r, g, at, s, o, zero, w):  # noqa: ARG001 (one signature for all)
     for j in range(32):
         w[j] = s * np.float32(np.int8(raw[r, g, at + j])) + o
-
-
-@njit(inline="always")
-def round_bfloat16(bits, out):
-    """Round float32 numbers, given as uint32, to bfloat16 as torch does: nearest, ties to even, NaN stays NaN."""
-    for j in range(len(bits)):
-        u = bits[j]
-        if (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):  # not a number, and must stay so
-            u = np.uint32(0x7FC00000)
-        u += np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))
-        out[j] = np.uint16(u >> np.uint32(16))
 
 
 @njit(parallel=True, cache=True)
@@ -355,3 +357,18 @@ _KERNELS = {  # format -> kernels for float32 and bfloat16, weights of a block, 
     "Q5_K": (_k_float32, _k_bfloat16, 256, 5, 8),
     "Q6_K": (_k_float32, _k_bfloat16, 256, 6, 16),
 }
+_COUNT = np.arange(16, dtype=np.float32)
+_LOOKUPS = {  # 4-bit formats -> kernel, what the codes stand for, and the byte at which they begin
+    "Q4_0": (lookup.halves, _COUNT - 8, 2),
+    "Q4_1": (lookup.halves, _COUNT, 4),
+    "Q4_K": (lookup.pairs, _COUNT, 16),
+    "IQ4_NL": (lookup.halves, np.array(IQ4_NL_VALUES, np.float32), 2),
+    "NF4": (lookup.high_first, np.array(NF4_VALUES, np.float32), 4),
+    "NF4-DQ": (lookup.high_first, np.array(NF4_VALUES, np.float32), 1),
+}
+
+
+def _lookup(name: str) -> tuple | None:
+    if name.startswith("MLX4"):
+        return lookup.low_first, _COUNT, 8 if name.endswith("F32") else 4
+    return _LOOKUPS.get(name)

@@ -85,7 +85,7 @@ class MLXCodec(Codec):
         return blocks
 
     def _read(self, blocks: Tensor, at: int) -> Tensor:
-        return blocks[..., at : at + self.stored.itemsize].contiguous().view(self.stored)[..., 0].float()
+        return blocks.view(self.stored)[..., at // self.stored.itemsize].float()  # blocks are whole numbers of them
 
     def _write(self, values: Tensor) -> Tensor:
         return values.to(self.stored).unsqueeze(-1).view(torch.uint8)

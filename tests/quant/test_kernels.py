@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorafold.quant import kernels
+from lorafold.quant import kernels, lookup
 from lorafold.quant.codecs import CODECS, GGUF_CODECS
 from tests.quant.test_ggml import HALVES_AT, random_blocks
 
@@ -88,3 +88,19 @@ def test_other_cases_go_to_torch() -> None:
     blocks = random_blocks("Q4_1", 2, 2, seed=0)
     assert not kernels.usable("Q4_1", blocks, torch.float16)
     assert not kernels.usable("Q4_1", blocks.to("meta"), torch.float32)
+
+
+@pytest.mark.skipif(not lookup.supported(), reason="the processor has no 512-bit instructions")
+@pytest.mark.parametrize("codec", ["Q4_0", "Q4_1", "Q4_K", "IQ4_NL", "NF4", "NF4-DQ", "MLX4-G32-F32", "MLX4-G128-BF16"])
+def test_processors_without_the_lookup_decode_the_same(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random codes with scales and offsets of all sizes, among them what is not a number or no number."""
+    form = CODECS[codec]
+    generator = torch.Generator().manual_seed(1)
+    blocks = torch.randint(0, 256, (7, 6, form.block_bytes), dtype=torch.uint8, generator=generator)
+    groups = 6 * form.block_weights // form.group_size
+    scale, offset = ((torch.randn(7, groups, generator=generator) * 10.0).exp() for _ in range(2))
+    offset = -offset if form.affine else torch.full_like(offset, -0.0)
+    scale[0, 0], scale[1, 0], scale[2, 0] = torch.nan, torch.inf, 0.0
+    with_lookup = kernels.decode(codec, blocks, scale, offset, torch.bfloat16)
+    monkeypatch.setattr(lookup, "supported", lambda: False)
+    same_bits(with_lookup, kernels.decode(codec, blocks, scale, offset, torch.bfloat16))

@@ -1,0 +1,32 @@
+"""What the compiled kernels share: as many threads as torch uses, and torch's rounding to bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numba import config, njit, set_num_threads
+
+_MOST_THREADS: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+
+
+def on_torch_threads(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Run a parallel kernel on as many threads as torch uses."""
+    threads = torch.get_num_threads()
+    set_num_threads(min(threads, _MOST_THREADS))
+    kernel(*arguments)
+    if torch.get_num_threads() != threads:  # numba's first call sets OpenMP's number for torch too
+        torch.set_num_threads(threads)
+
+
+@njit(inline="always")
+def round_bfloat16(bits, out):
+    """Round float32 numbers, given as uint32, to bfloat16 as torch does: nearest, ties to even, NaN stays NaN."""
+    for j in range(len(bits)):
+        u = bits[j]
+        if (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):  # not a number, and must stay so
+            u = np.uint32(0x7FC00000)
+        u += np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))
+        out[j] = np.uint16(u >> np.uint32(16))
