@@ -212,6 +212,8 @@ class TrainingConfig:
         eval_steps: evaluate every N steps as well as before and after.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         micro_batch_tokens: most tokens computed at once; smaller needs less memory and changes no result.
+        shared_prefix_tokens: rows of a step that begin with so many equal tokens or more compute these once, which
+            changes no result; 0 never. With dropout nothing is shared.
         dtype: of activations: `auto` is bfloat16 where the processor has it, else float32.
         device: `cpu`, `cuda`, or `auto`.
         seed: of initialization, order and dropout.
@@ -231,6 +233,7 @@ class TrainingConfig:
     eval_steps: int | None = None
     gradient_checkpointing: bool = False
     micro_batch_tokens: int = 768
+    shared_prefix_tokens: int = 24
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 42
@@ -255,7 +258,7 @@ class TrainingConfig:
             faults.append(f"lr_scheduler_type is {self.lr_scheduler_type!r}; linear, cosine and constant are known")
         faults += [
             f"{name} is {getattr(self, name)}; it must be 0 or positive"
-            for name in ("weight_decay", "max_grad_norm", "sample_rows", "seed")
+            for name in ("weight_decay", "max_grad_norm", "sample_rows", "seed", "shared_prefix_tokens")
             if not 0 <= getattr(self, name) < math.inf
         ]
         if self.seed >= 1 << 63:

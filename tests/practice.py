@@ -37,6 +37,22 @@ def token_rows(count: int, shortest: int = 5, longest: int = 24, seed: int = 0) 
     return rows
 
 
+def related_rows(count: int, seed: int = 0, longest: int = 30) -> list[Tokens]:
+    """Rows that begin with parts of each other, some of them equal, in random order; any token may be supervised."""
+    generator = np.random.default_rng(seed)
+    rows: list[list[int]] = []
+    for i in range(count):
+        start: list[int] = []
+        if rows and generator.random() < 0.8:
+            start = rows[int(generator.integers(len(rows)))]
+            start = start[: int(generator.integers(1, len(start) + 1))]
+        own = tiny_ids(int(generator.integers(1, 12)), seed=1000 * seed + i)[0].tolist()
+        rows.append((start + own if generator.random() < 0.9 or not start else list(start))[:longest])
+    order = generator.permutation(count)
+    supervised = [[False, *(generator.random(len(rows[i]) - 1) < 0.6).tolist()] for i in order]
+    return [Tokens(rows[i], flags, n) for n, (i, flags) in enumerate(zip(order, supervised, strict=True))]
+
+
 def write_data(path: Path, count: int = 20) -> Path:
     """A JSONL file of prompts with completions that follow from them."""
     rows = [{"prompt": f"{WORDS[i % 6]} {i % 4}", "completion": f"is {WORDS[(i + 1) % 6]}"} for i in range(count)]

@@ -1,17 +1,27 @@
-"""Rows laid end to end without padding.
+"""Rows laid end to end without padding; what rows have in common from their start can stand once, as a tree.
 
 rows        a0 a1 a2   b0 b1          (a1, a2 and b1 supervised)
 ids         a0 a1 a2 b0 b1
 positions    0  1  2  0  1
 segments     [3, 2]                    rows do not see each other
+parents      [-1, -1]
 target_at    0  1     3                the hidden state that predicts ...
 targets     a1 a2    b1                ... this token
+
+rows        p0 p1 a2 a3   p0 p1 b2     (a2, a3 and b2 supervised), what two tokens or more have in common shared
+ids         p0 p1  a2 a3  b2
+positions    0  1   2  3   2
+segments     [2, 2, 1]
+parents      [-1, 0, 0]                a segment sees its ancestors
+target_at    1  2  1
+targets     a2 a3 b2                   one hidden state predicts for several rows
 """
 
 # T tokens of the pack, S supervised tokens
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,14 +38,16 @@ class Pack:
     Attributes:
         ids: token ids, int64 [T].
         positions: place within the row, from 0, int64 [T].
-        segments: lengths of the rows, in order; their sum is T.
-        target_at: positions in the pack whose next token is supervised, ascending, int64 [S].
-        targets: these next tokens, int64 [S].
+        segments: lengths of the segments, in order; their sum is T.
+        parents: for each segment the one that its rows have before it, which stands earlier; -1 where a row begins.
+        target_at: positions in the pack whose hidden states predict a supervised token, int64 [S], row by row.
+        targets: these tokens, int64 [S].
     """
 
     ids: Tensor
     positions: Tensor
     segments: list[int]
+    parents: list[int]
     target_at: Tensor
     targets: Tensor
 
@@ -45,49 +57,126 @@ class Pack:
             self.ids.to(device),
             self.positions.to(device),
             self.segments,
+            self.parents,
             self.target_at.to(device),
             self.targets.to(device),
         )
 
 
-def pack(rows: Sequence[Tokens], align: int = 1) -> Pack:
+@dataclass(frozen=True)
+class _Segment:
+    """Tokens `start` to `end` of a row, which all rows below this segment have in common."""
+
+    row: int
+    start: int
+    end: int
+    parent: int
+
+
+def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None) -> Pack:
     """Lay rows end to end; at least one row.
 
     Args:
-        align: lengthen each row to a multiple of this with its last token, and the last row so that T is a multiple
-            of `4 * align`. What follows a row's end is seen by nothing before it and is never a target, so this
-            changes no result; it keeps the number of different matrix shapes small, for each of which a CPU's
+        align: lengthen the end of each row to a multiple of this with its last token, and the last one so that T is a
+            multiple of `4 * align`. What follows a row's end is seen by nothing before it and is never a target, so
+            this changes no result; it keeps the number of different matrix shapes small, for each of which a CPU's
             matrix library compiles and keeps a kernel.
+        shared: least number of tokens for which it pays to let rows share them; None shares nothing.
     """
     assert rows
-    lengths = [_up(len(row), align) for row in rows]
+    tree: list[_Segment] = []
+    leaves = [0] * len(rows)
+    if shared is None:
+        for row, tokens in enumerate(rows):
+            leaves[row] = _add(tree, row, 0, len(tokens), -1)
+    else:
+        _grow(rows, sorted(range(len(rows)), key=lambda i: rows[i].ids), 0, -1, shared, tree, leaves)
+    is_leaf = set(leaves)
+    lengths = [_up(s.end - s.start, align) if index in is_leaf else s.end - s.start for index, s in enumerate(tree)]
     lengths[-1] += _up(sum(lengths), 4 * align) - sum(lengths) if align > 1 else 0
-    padded = [(row, length - len(row)) for row, length in zip(rows, lengths, strict=True)]
-    ids = torch.tensor([i for row, pad in padded for i in (*row.ids, *row.ids[-1:] * pad)], dtype=torch.int64)
-    # the first token of a row is never supervised, so the token before a supervised one is of the same row
-    supervised = torch.tensor([s for row, pad in padded for s in (*row.supervised, *(False,) * pad)], dtype=torch.bool)
-    target_at = supervised.nonzero().flatten() - 1
+    starts = [sum(lengths[:index]) for index in range(len(tree))]
+    ids: list[int] = []
+    for segment, length in zip(tree, lengths, strict=True):
+        own = rows[segment.row].ids[segment.start : segment.end]
+        ids += own + own[-1:] * (length - len(own))
+    target_at: list[int] = []
+    targets: list[int] = []
+    for row, leaf in zip(rows, leaves, strict=True):
+        places = _places(tree, starts, leaf)
+        wanted = [i for i, supervised in enumerate(row.supervised) if supervised]  # never 0
+        target_at += [places[i - 1] for i in wanted]
+        targets += [row.ids[i] for i in wanted]
     return Pack(
-        ids=ids,
-        positions=torch.cat([torch.arange(length) for length in lengths]),
+        ids=torch.tensor(ids, dtype=torch.int64),
+        positions=torch.cat([torch.arange(s.start, s.start + n) for s, n in zip(tree, lengths, strict=True)]),
         segments=lengths,
-        target_at=target_at,
-        targets=ids[target_at + 1],
+        parents=[segment.parent for segment in tree],
+        target_at=torch.tensor(target_at, dtype=torch.int64),
+        targets=torch.tensor(targets, dtype=torch.int64),
     )
+
+
+def _add(tree: list[_Segment], row: int, start: int, end: int, parent: int) -> int:
+    tree.append(_Segment(row, start, end, parent))
+    return len(tree) - 1
+
+
+def _grow(
+    rows: Sequence[Tokens],
+    order: list[int],
+    start: int,
+    parent: int,
+    shared: int,
+    tree: list[_Segment],
+    leaves: list[int],
+) -> None:
+    """Add the segments of rows, given in order of their ids, that have their first `start` tokens in common."""
+    common = [common_tokens(rows[a], rows[b]) for a, b in itertools.pairwise(order)]
+    begin = 0
+    for end in range(1, len(order) + 1):
+        if end < len(order) and common[end - 1] >= start + shared:
+            continue
+        group = order[begin:end]
+        if len(group) == 1:
+            leaves[group[0]] = _add(tree, group[0], start, len(rows[group[0]]), parent)
+        else:
+            until = min(common[begin : end - 1])
+            _grow(rows, group, until, _add(tree, group[0], start, until, parent), shared, tree, leaves)
+        begin = end
+
+
+def _places(tree: list[_Segment], starts: list[int], leaf: int) -> list[int]:
+    """Where the tokens of a row stand in the pack."""
+    path = [leaf]
+    while tree[path[-1]].parent >= 0:
+        path.append(tree[path[-1]].parent)
+    return [starts[i] + j for i in reversed(path) for j in range(tree[i].end - tree[i].start)]
+
+
+def common_tokens(a: Tokens, b: Tokens) -> int:
+    """How many tokens two rows share from their start; each keeps at least one of its own."""
+    most = min(len(a), len(b)) - 1
+    return next((i for i in range(most) if a.ids[i] != b.ids[i]), most)
 
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def micro_batches(rows: Sequence[Tokens], max_tokens: int) -> list[list[Tokens]]:
-    """Split rows, in order, into groups of at most `max_tokens` tokens; a longer row stands alone."""
+def micro_batches(rows: Sequence[Tokens], max_tokens: int, shared: int | None = None) -> list[list[Tokens]]:
+    """Split rows, in order, into groups of at most `max_tokens` tokens; a longer row stands alone.
+
+    Args:
+        shared: as in `pack`; what a row shares with the one before it is not counted again.
+    """
     groups: list[list[Tokens]] = []
     filled = 0
     for row in rows:
-        if not groups or filled + len(row) > max_tokens:
+        common = common_tokens(groups[-1][-1], row) if groups and shared is not None else 0
+        own = len(row) - (common if shared is not None and common >= shared else 0)
+        if not groups or filled + own > max_tokens:
             groups.append([])
-            filled = 0
+            filled, own = 0, len(row)
         groups[-1].append(row)
-        filled += len(row)
+        filled += own
     return groups

@@ -23,6 +23,7 @@ from lorafold.models.load import LoadedModel
 from lorafold.quant.linear import QuantLinear
 
 ALIGN = 16  # row lengths are rounded up to this, see `pack`
+SHARED = 24  # tokens in common that stand once, see `pack`
 CHUNK = 128  # supervised positions whose logits exist at once: 128 x V x 4 bytes
 _FEW = 32  # the last chunk is filled up to a multiple of this: few shapes of matrices, see `pack`
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config keys of heads that do more
@@ -59,7 +60,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
 def hidden_states(loaded: LoadedModel, batch: Pack) -> Tensor:
     """Last hidden states [S, H] at the positions of a pack that predict a supervised token."""
     out = loaded.model.base_model(
-        input_ids=batch.ids[None], position_ids=batch.positions[None], segments=batch.segments, use_cache=False
+        input_ids=batch.ids[None],
+        position_ids=batch.positions[None],
+        segments=batch.segments,
+        parents=batch.parents,
+        use_cache=False,
     )
     return out.last_hidden_state[0].index_select(0, batch.target_at)
 
@@ -110,8 +115,8 @@ def evaluate(
         progress: called with the number of rows done after each forward pass.
     """
     total, count = 0.0, 0
-    for group in micro_batches(rows, max_tokens):
-        batch = pack(group, ALIGN).to(loaded.device)
+    for group in micro_batches(rows, max_tokens, SHARED):
+        batch = pack(group, ALIGN, SHARED).to(loaded.device)
         total += float(pack_loss(loaded, batch))
         count += len(batch.targets)
         if progress:

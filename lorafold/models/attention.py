@@ -1,7 +1,8 @@
 """Causal attention over rows laid end to end, without padding and without a mask over the whole pack.
 
-Registered with transformers under the name `lorafold`; the lengths of the rows arrive as the keyword
-`segments`, which transformers hands through to the attention function untouched. Each row attends to itself only.
+Registered with transformers under the name `lorafold`; the lengths of the segments arrive as the keyword
+`segments`, which transformers hands through to the attention function untouched. Each segment attends to itself and to
+its ancestors (`parents`), which stand for what several rows have in common from their start.
 Short rows take two matrix products and a softmax, which on a CPU is faster than the flash kernel (whose
 backward pass costs 2 to 4 times as much below about 512 tokens); long rows take the flash kernel.
 """
@@ -10,6 +11,7 @@ backward pass costs 2 to 4 times as much below about 512 tokens); long rows take
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +33,7 @@ def packed_attention(
     _attention_mask: Tensor | None,
     scaling: float,
     segments: list[int] | None = None,
+    parents: list[int] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -41,7 +44,8 @@ def packed_attention(
     Args:
         query: [1, H, N, D] with N the sum of the segments; key and value: [1, K, M, D], M >= N where a
             cache holds earlier tokens (then there is one segment).
-        segments: lengths of the rows, in order; None for a single row.
+        segments: lengths of the segments, in order; None for a single row.
+        parents: for each segment an earlier one whose tokens, and whose ancestors', it sees as well; -1 for none.
         sliding_window: how many tokens back a token sees, itself included.
 
     Returns:
@@ -59,9 +63,27 @@ def packed_attention(
         raise ValueError(f"the segments have {sum(lengths)} tokens in all, the pack has {query.shape[2]}")
     if len(lengths) == 1:
         return _attend(query[0], key[0], value[0], scaling, sliding_window)[None], None
-    parts = (tensor[0].split(lengths, dim=1) for tensor in (query, key, value))
-    rows = [_attend(q, k, v, scaling, sliding_window) for q, k, v in zip(*parts, strict=True)]
+    q, k, v = (tensor[0].split(lengths, dim=1) for tensor in (query, key, value))
+    rows = [
+        _attend(q[path[-1]], joined(k, path), joined(v, path), scaling, sliding_window)
+        for path in paths(parents or [-1] * len(lengths))
+    ]
     return torch.cat(rows)[None], None
+
+
+def paths(parents: list[int]) -> list[list[int]]:
+    """For each segment the numbers of its ancestors, the oldest first, and its own."""
+    found: list[list[int]] = []
+    for index, parent in enumerate(parents):
+        if not -1 <= parent < index:
+            raise ValueError(f"segment {index} has the parent {parent}, which does not stand before it")
+        found.append([*(found[parent] if parent >= 0 else []), index])
+    return found
+
+
+def joined(parts: Sequence[Tensor], path: list[int]) -> Tensor:
+    """The parts [K, L, D] of a path, one after the other."""
+    return parts[path[0]] if len(path) == 1 else torch.cat([parts[i] for i in path], 1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Causal attention over the rows of a pack on a CPU, from projections to output in one step with its own gradient.
+"""Causal attention over the segments of a pack on a CPU, from projections to output in one step with its own gradient.
 
 The rotary embedding writes queries and keys in the order that the matrix products read, and mask and softmax take one
 pass in place; so little is copied that is not multiplied, and only rotated queries and keys, values and attention
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.models import kernels
+from lorafold.models.attention import joined, paths
 
 # classes with projections, rotary queries and keys, softmax(scaling q k) v and one more projection
 REPLACED = ("LlamaAttention", "Qwen2Attention", "MistralAttention")
@@ -33,19 +34,22 @@ class _PackAttention(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         segments: list[int],
+        parents: list[int] | None,
         scale: float,
         window: int,
     ) -> Tensor:
-        ctx.segments, ctx.scale, ctx.window = segments, scale, window
-        width = cos.shape[-1]
+        ctx.segments, ctx.paths = segments, paths(parents or [-1] * len(segments))
+        ctx.scale, ctx.window, width = scale, window, cos.shape[-1]
         q_rows, k_rows = (kernels.rotate(x, cos, sin, segments) for x in (q, k))
         out = torch.empty_like(q)
+        queries, keys = _by_row(segments, q_rows, k_rows, len(cos))
+        values = [_heads(x, width) for x in v.split(segments)]
         weights = []
-        rows = zip(*(x.split(segments) for x in (v, out)), *_by_row(segments, q_rows, k_rows, len(cos)), strict=True)
-        for v_row, out_row, rq, rk in rows:
-            scores = torch.bmm(rq, rk.transpose(1, 2))
-            kernels.causal_softmax_(scores, scale, window)
-            _put_heads(out_row, torch.bmm(scores, _heads(v_row, width)))
+        for path, out_row in zip(ctx.paths, out.split(segments), strict=True):
+            own = path[-1]
+            scores = torch.bmm(queries[own], joined(keys, path).transpose(1, 2))
+            kernels.causal_softmax_(scores, segments[own], scale, window)
+            _put_heads(out_row, torch.bmm(scores, joined(values, path)))
             weights.append(scores)
         ctx.save_for_backward(q_rows, k_rows, v, cos, sin, *weights)
         return out
@@ -55,16 +59,38 @@ class _PackAttention(torch.autograd.Function):
         q_rows, k_rows, v, cos, sin, *weights = ctx.saved_tensors
         segments, width, tokens = ctx.segments, cos.shape[-1], len(cos)
         dq, dk, dv = (torch.empty_like(x) for x in (q_rows, k_rows, v))
-        flat = (x.split(segments) for x in (v, dv, grads[0].contiguous()))
-        by_row = (*_by_row(segments, q_rows, k_rows, tokens), *_by_row(segments, dq, dk, tokens))
-        for p, v_row, dv_row, dy_row, rq, rk, dq_row, dk_row in zip(weights, *flat, *by_row, strict=True):
-            dy = _heads(dy_row, width).reshape(rq.shape)
-            _put_heads(dv_row, torch.bmm(p.transpose(1, 2), dy))
-            d = torch.bmm(dy, _heads(v_row, width).transpose(1, 2))
-            kernels.causal_softmax_backward_(p, ctx.scale, ctx.window, d)
-            torch.bmm(d, rk, out=dq_row)
-            torch.bmm(d.transpose(1, 2), rq, out=dk_row)
-        return *(kernels.rotate_back(x, cos, sin, segments) for x in (dq, dk)), dv, *[None] * 5
+        queries, keys = _by_row(segments, q_rows, k_rows, tokens)
+        d_queries, d_keys = _by_row(segments, dq, dk, tokens)
+        values = [_heads(x, width) for x in v.split(segments)]
+        ancestors = {i for path in ctx.paths for i in path[:-1]}
+        totals: list[tuple[Tensor, Tensor]] = []  # gradients of each segment's keys and values
+        for p, path, dy_row in zip(weights, ctx.paths, grads[0].contiguous().split(segments), strict=True):
+            own = path[-1]
+            dy = _heads(dy_row, width).reshape(queries[own].shape)
+            d_value = torch.bmm(p.transpose(1, 2), dy)
+            d = torch.bmm(dy, joined(values, path).transpose(1, 2))
+            kernels.causal_softmax_backward_(p, segments[own], ctx.scale, ctx.window, d)
+            torch.bmm(d, joined(keys, path), out=d_queries[own])
+            parts = (
+                x.split([segments[i] for i in path], 1) for x in (torch.bmm(d.transpose(1, 2), queries[own]), d_value)
+            )
+            *older, newest = zip(*parts, strict=True)
+            for i, (of_key, of_value) in zip(path, older, strict=False):
+                totals[i][0].add_(of_key)
+                totals[i][1].add_(of_value)
+            totals.append(tuple(x.float() for x in newest) if own in ancestors else newest)
+        for (of_key, of_value), d_key, dv_row in zip(totals, d_keys, dv.split(segments), strict=True):
+            d_key.copy_(of_key)
+            _put_heads(dv_row, of_value)
+        return *(kernels.rotate_back(x, cos, sin, segments) for x in (dq, dk)), dv, *[None] * 6
+
+
+def longest(segments: list[int], parents: list[int] | None) -> int:
+    """Tokens of the longest row, which is a segment and its ancestors."""
+    ends: list[int] = []
+    for length, parent in zip(segments, parents or [-1] * len(segments), strict=True):
+        ends.append(length + (ends[parent] if parent >= 0 else 0))
+    return max(ends)
 
 
 def _by_row(segments: list[int], q: Tensor, k: Tensor, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -83,7 +109,7 @@ def _heads(x: Tensor, width: int) -> Tensor:
 
 def _put_heads(x: Tensor, by_head: Tensor) -> None:
     """Write [H, L, D], its first two dimensions split in any way, to x [L, H * D]."""
-    x.view(len(x), -1, by_head.shape[-1]).copy_(by_head.view(-1, len(x), by_head.shape[-1]).transpose(0, 1))
+    x.view(len(x), -1, by_head.shape[-1]).copy_(by_head.reshape(-1, len(x), by_head.shape[-1]).transpose(0, 1))
 
 
 def attention_forward(
@@ -93,20 +119,22 @@ def attention_forward(
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
     segments: list[int] | None = None,
+    parents: list[int] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The forward pass of an attention module: hidden states [1, T, N] -> [1, T, N], and no attention weights."""
-    short = segments is not None and max(segments) <= MOST_TOKENS
+    short = segments is not None and longest(segments, parents) <= MOST_TOKENS
     if not short or past_key_values is not None or not kernels.usable(hidden_states):
+        options |= {"segments": segments, "parents": parents}
         return type(module).forward(
-            module, hidden_states, position_embeddings, attention_mask, past_key_values, segments=segments, **options
+            module, hidden_states, position_embeddings, attention_mask, past_key_values, **options
         )
     q, k, v = (project(hidden_states)[0] for project in (module.q_proj, module.k_proj, module.v_proj))
     cos, sin = (x.expand(1, *x.shape[1:])[0] for x in position_embeddings)
     assert len(hidden_states) == 1  # rows lie end to end
     owner = module.config if type(module).__name__ == "MistralAttention" else module  # Qwen2 says it layer by layer
     window = getattr(owner, "sliding_window", None)
-    out = _PackAttention.apply(q, k, v, cos, sin, segments, module.scaling, window or MOST_TOKENS)
+    out = _PackAttention.apply(q, k, v, cos, sin, segments, parents, module.scaling, window or MOST_TOKENS)
     return module.o_proj(out[None]), None  # type: ignore[index]
 
 

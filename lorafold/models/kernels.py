@@ -216,10 +216,9 @@ def _bounds(segments: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @njit(parallel=True, cache=True, fastmath=_SAFE)
-def _causal_softmax(scores, scale, window):
-    length = scores.shape[1]
+def _causal_softmax(scores, tokens, scale, window):
     for i in prange(scores.shape[0]):
-        t = i % length
+        t = scores.shape[1] - tokens + i % tokens
         first = max(0, t + 1 - window)
         w = _wide(scores[i, first : t + 1])
         largest, undefined = w[0], np.float32(0)
@@ -242,10 +241,9 @@ def _causal_softmax(scores, scale, window):
 
 
 @njit(parallel=True, cache=True, fastmath=_SAFE)
-def _causal_softmax_backward(weights, scale, window, d):
-    length = d.shape[1]
+def _causal_softmax_backward(weights, tokens, scale, window, d):
     for i in prange(d.shape[0]):
-        t = i % length
+        t = d.shape[1] - tokens + i % tokens
         first = max(0, t + 1 - window)
         p, g = _wide(weights[i, first : t + 1]), _wide(d[i, first : t + 1])
         dot = np.float32(0)
@@ -258,13 +256,17 @@ def _causal_softmax_backward(weights, scale, window, d):
         d[i, t + 1 :] = 0
 
 
-def causal_softmax_(scores: Tensor, scale: float, window: int) -> None:
-    """Turn scores [..., T, T] into attention weights in place: softmax(scale * score) of the last `window` tokens."""
+def causal_softmax_(scores: Tensor, tokens: int, scale: float, window: int) -> None:
+    """Turn scores into attention weights in place: softmax(scale * score) of the last `window` tokens.
+
+    Args:
+        scores: [..., tokens, M], of the last `tokens` of M tokens.
+    """
     assert scores.is_contiguous()
-    on_torch_threads(_causal_softmax, _rows(scores), np.float32(scale), window)
+    on_torch_threads(_causal_softmax, _rows(scores), tokens, np.float32(scale), window)
 
 
-def causal_softmax_backward_(weights: Tensor, scale: float, window: int, d: Tensor) -> None:
-    """Turn the gradient of the attention weights [..., T, T] into that of the scores, in place in `d`."""
+def causal_softmax_backward_(weights: Tensor, tokens: int, scale: float, window: int, d: Tensor) -> None:
+    """Turn the gradient of the attention weights [..., tokens, M] into that of the scores, in place in `d`."""
     assert d.is_contiguous()
-    on_torch_threads(_causal_softmax_backward, _rows(weights), np.float32(scale), window, _rows(d))
+    on_torch_threads(_causal_softmax_backward, _rows(weights), tokens, np.float32(scale), window, _rows(d))

@@ -119,6 +119,7 @@ class BlockWalk:
                         input_ids=batch.ids[None],
                         position_ids=batch.positions[None],
                         segments=batch.segments,
+                        parents=batch.parents,
                         use_cache=False,
                     )
         finally:

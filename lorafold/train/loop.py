@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lorafold.adapters.inject import group_parameters_once
+from lorafold.adapters.lora import LoRA
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens
@@ -85,6 +86,7 @@ def train_steps(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingCon
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(config.seed)
     total = total_steps(len(rows), config)
+    shared = None if _drops_out(loaded.model) else config.shared_prefix_tokens or None
     batches = epoch_batches(len(rows), config)
     loaded.model.train()
     gc.collect()
@@ -93,7 +95,7 @@ def train_steps(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingCon
         for step in range(total):
             batch = [rows[i] for i in next(batches)]
             rate = learning_rate_at(step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
-            yield _one_step(loaded, batch, optimizer, parameters, config, step + 1, rate)
+            yield _one_step(loaded, batch, optimizer, parameters, config, shared, step + 1, rate)
             loaded.model.train()  # whoever evaluated in between switched to evaluation mode
     finally:
         gc.unfreeze()
@@ -108,15 +110,18 @@ def _one_step(
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     config: TrainingConfig,
+    shared: int | None,
     step: int,
     rate: float,
 ) -> Step:
     began = time.perf_counter()
     supervised = sum(sum(row.supervised) for row in batch)
     total_loss = 0.0
+    if shared is not None:
+        batch = sorted(batch, key=lambda row: row.ids)  # neighbours have most in common
     with group_parameters_once(loaded.model):
-        for group in micro_batches(batch, config.micro_batch_tokens):
-            loss = pack_loss(loaded, pack(group, ALIGN).to(loaded.device))
+        for group in micro_batches(batch, config.micro_batch_tokens, shared):
+            loss = pack_loss(loaded, pack(group, ALIGN, shared).to(loaded.device))
             value = float(loss.detach())
             if not math.isfinite(value):
                 optimizer.zero_grad(set_to_none=True)
@@ -135,6 +140,14 @@ def _one_step(
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(len(row.ids) for row in batch)
     return Step(step, total_loss / supervised, rate, norm, len(batch), tokens, supervised, time.perf_counter() - began)
+
+
+def _drops_out(model: nn.Module) -> bool:
+    """Whether equal tokens of two rows may come out differently in training."""
+    return any(
+        (module.p if isinstance(module, nn.Dropout) else module.dropout if isinstance(module, LoRA) else 0) > 0
+        for module in model.modules()
+    )
 
 
 @torch.no_grad()

@@ -6,9 +6,12 @@ import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens
+from tests.practice import related_rows
 
 
 def _rows(lengths: list[int]) -> list[Tokens]:
@@ -67,3 +70,52 @@ def test_micro_batches(lengths: list[int], limit: int, expected: list[list[int]]
     groups = micro_batches(rows, limit)
     assert [[len(row) for row in group] for group in groups] == expected
     assert [row for group in groups for row in group] == rows
+
+
+def test_the_tree_of_the_module() -> None:
+    rows = [Tokens([7, 8, 12, 13], [False, False, True, True], 0), Tokens([7, 8, 22], [False, False, True], 1)]
+    found = pack(rows, shared=2)
+    assert found.ids.tolist() == [7, 8, 12, 13, 22]
+    assert found.positions.tolist() == [0, 1, 2, 3, 2]
+    assert (found.segments, found.parents) == ([2, 2, 1], [-1, 0, 0])
+    assert found.target_at.tolist() == [1, 2, 1]
+    assert found.targets.tolist() == [12, 13, 22]
+    apart = pack(rows, shared=3)
+    assert (apart.segments, apart.parents) == ([4, 3], [-1, -1])
+
+
+@given(count=st.integers(1, 12), seed=st.integers(0, 2**20), shared=st.integers(1, 9), align=st.sampled_from([1, 4]))
+@settings(max_examples=200, deadline=None)
+def test_every_row_is_a_path_of_the_tree(count: int, seed: int, shared: int, align: int) -> None:
+    """The tokens that stand before a target, in its segment and in those above, are those before it in its row."""
+    rows = related_rows(count, seed)
+    found = pack(rows, align, shared)
+    starts = [sum(found.segments[:i]) for i in range(len(found.segments))]
+    owner = [i for i, n in enumerate(found.segments) for _ in range(n)]
+
+    def before(place: int) -> list[int]:
+        """The tokens that the one at this place sees, itself included."""
+        at, parent = starts[owner[place]], found.parents[owner[place]]
+        own = found.ids[at : place + 1].tolist()
+        return own if parent < 0 else before(starts[parent] + found.segments[parent] - 1) + own
+
+    expected = [(row.ids[:i], row.ids[i]) for row in rows for i, flag in enumerate(row.supervised) if flag]
+    actual = [(before(p), t) for p, t in zip(found.target_at.tolist(), found.targets.tolist(), strict=True)]
+    assert actual == expected
+    assert all(found.positions[place] == len(before(place)) - 1 for place in range(len(found.ids)))
+    for index, parent in enumerate(found.parents):
+        assert -1 <= parent < index
+    inner = set(found.parents) - {-1}
+    assert all(found.segments[i] >= shared for i in inner)
+    assert all(found.parents.count(i) >= 2 for i in inner)
+    assert len(found.segments) - len(inner) == count
+    assert align == 1 or len(found.ids) % (4 * align) == 0
+
+
+def test_what_is_shared_stands_once() -> None:
+    system = list(range(40))
+    rows = [Tokens([*system, 50 + i, 60], [False] * 41 + [True], i) for i in range(5)]
+    assert len(pack(rows, shared=16).ids) == 40 + 5 * 2
+    assert len(pack(rows).ids) == 5 * 42
+    assert [len(g) for g in micro_batches(rows, 46, shared=16)] == [3, 2]
+    assert [len(g) for g in micro_batches(rows, 46)] == [1] * 5

@@ -76,21 +76,22 @@ def test_rotation(segments: list[int], width: int) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
+@pytest.mark.parametrize("older", [0, 4])
 @pytest.mark.parametrize("tokens", [1, 2, 9])
-def test_causal_softmax(tokens: int, window: int) -> None:
-    scores = (4 * torch.randn(5, tokens, tokens)).bfloat16()
+def test_causal_softmax(tokens: int, older: int, window: int) -> None:
+    scores = (4 * torch.randn(5, tokens, older + tokens)).bfloat16()
     exact = scores.double().requires_grad_()
-    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    distance = torch.arange(older, older + tokens)[:, None] - torch.arange(older + tokens)
     visible = (distance >= 0) & (distance < window)
     weights = (exact * 0.3).masked_fill(~visible, -torch.inf).softmax(-1)
     ours = scores.clone()
-    kernels.causal_softmax_(ours, 0.3, window)
+    kernels.causal_softmax_(ours, tokens, 0.3, window)
     torch.testing.assert_close(ours.double(), weights.detach(), rtol=2**-8, atol=1e-6)
     assert not ours[:, ~visible].any()
-    dy = torch.randn(5, tokens, tokens).bfloat16()
+    dy = torch.randn(5, tokens, older + tokens).bfloat16()
     weights.backward(dy.double())
     d = dy.clone()
-    kernels.causal_softmax_backward_(weights.detach().bfloat16(), 0.3, window, d)
+    kernels.causal_softmax_backward_(weights.detach().bfloat16(), tokens, 0.3, window, d)
     assert exact.grad is not None
     torch.testing.assert_close(d.double(), exact.grad, rtol=2**-7, atol=2**-8)
     assert not d[:, ~visible].any()
@@ -102,7 +103,7 @@ def test_undefined_scores_are_seen(value: float, place: int) -> None:
     """Rows that see such a score are not numbers, as in torch; rows before it are."""
     scores = torch.randn(1, 4, 4).bfloat16()
     scores[0, place:, place] = value
-    kernels.causal_softmax_(scores, 0.5, 9)
+    kernels.causal_softmax_(scores, 4, 0.5, 9)
     seen = torch.arange(4) >= place
     assert scores[0, seen].isnan().any(-1).all()
     assert not scores[0, ~seen].isnan().any()
@@ -119,42 +120,60 @@ def _modules() -> dict[str, tuple[nn.Module, int | None]]:
     }
 
 
-def _run(module: nn.Module, x: Tensor, segments: list[int], dy: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = _angles(torch.cat([torch.arange(n) for n in segments]), 16)
+Segments = tuple[list[int], list[int]]
+
+
+def _run(module: nn.Module, x: Tensor, tree: Segments, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and gradient of the input, for segments with parents."""
+    segments, parents = tree
+    ends: list[int] = []
+    for n, parent in zip(segments, parents, strict=True):
+        ends.append(n + (ends[parent] if parent >= 0 else 0))
+    places = [torch.arange(end - n, end) for n, end in zip(segments, ends, strict=True)]
+    cos, sin = _angles(torch.cat(places), 16)
     x = x.clone().requires_grad_()
-    places = (cos[None].to(x.dtype), sin[None].to(x.dtype))
-    out, _ = module(x, position_embeddings=places, attention_mask=None, segments=segments)
+    rotation = (cos[None].to(x.dtype), sin[None].to(x.dtype))
+    out, _ = module(x, position_embeddings=rotation, attention_mask=None, segments=segments, parents=parents)
     out.backward(dy.to(x.dtype))
     assert x.grad is not None
     return out.detach(), x.grad
 
 
-@pytest.mark.parametrize("segments", [[9], [1, 6, 2], [4, 4, 4]])
+TREES = [
+    ([9], [-1]),
+    ([1, 6, 2], [-1, -1, -1]),
+    ([4, 4, 4], [-1, -1, -1]),
+    ([5, 3, 4], [-1, 0, 0]),
+    ([3, 2, 4, 1, 2, 6], [-1, 0, 1, 1, 0, -1]),
+]
+
+
+@pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("kind", list(_modules()))
-def test_attention(kind: str, segments: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(kind: str, tree: Segments, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most one and a half times as far from the float32 result as the same module in bfloat16 before."""
     torch.manual_seed(0)
     module, window = _modules()[kind]
     module.config._attn_implementation = attention.NAME  # type: ignore[union-attr]
     module.requires_grad_(False)
-    x, dy = (torch.randn(1, sum(segments), 96).bfloat16() for _ in range(2))
+    x, dy = (torch.randn(1, sum(tree[0]), 96).bfloat16() for _ in range(2))
     narrow = copy.deepcopy(module).bfloat16()
     wide = copy.deepcopy(narrow).float()
-    exact = _run(wide, x.float(), segments, dy)
-    before = _run(narrow, x, segments, dy)
+    exact = _run(wide, x.float(), tree, dy)
+    before = _run(narrow, x, tree, dy)
     replace_attention(narrow)
     seen: list[int] = []
     real = kernels.causal_softmax_
-    monkeypatch.setattr(kernels, "causal_softmax_", lambda s, scale, w: (seen.append(w), real(s, scale, w)))
-    after = _run(narrow, x, segments, dy)
-    assert seen == [window or fused_attention.MOST_TOKENS] * len(segments)
+    monkeypatch.setattr(kernels, "causal_softmax_", lambda s, n, scale, w: (seen.append(w), real(s, n, scale, w)))
+    after = _run(narrow, x, tree, dy)
+    assert seen == [window or fused_attention.MOST_TOKENS] * len(tree[0])
     for ours, theirs, truth in zip(after, before, exact, strict=True):
         assert _error(ours, truth) < 1.5 * _error(theirs, truth) + 1e-4
     # rows too long for it, or other types, go the old way
-    monkeypatch.setattr(fused_attention, "MOST_TOKENS", max(segments) - 1)
-    assert torch.equal(_run(narrow, x, segments, dy)[0], before[0])
+    monkeypatch.setattr(fused_attention, "MOST_TOKENS", fused_attention.longest(*tree) - 1)
+    assert torch.equal(_run(narrow, x, tree, dy)[0], before[0])
     replace_attention(wide)
-    assert torch.equal(_run(wide, x.float(), segments, dy)[0], exact[0])
+    assert torch.equal(_run(wide, x.float(), tree, dy)[0], exact[0])
 
 
 def test_gated_block() -> None:

@@ -25,12 +25,14 @@ CONFIG = TrainingConfig(learning_rate=0.01, per_device_train_batch_size=4, max_s
 
 
 def random_rows(count: int = 8, seed: int = 3) -> list[Tokens]:
-    """Rows of 5 to 40 tokens, about half of them supervised."""
+    """Rows of 5 to 40 tokens, about half of them supervised; every other row begins as the one before it."""
     generator = torch.Generator().manual_seed(seed)
-    rows = []
+    rows: list[Tokens] = []
     for i in range(count):
         n = int(torch.randint(5, 40, (1,), generator=generator))
         ids = torch.randint(10, 250, (n,), generator=generator).tolist()
+        if i % 2:
+            ids = (rows[-1].ids[: n // 2] + ids)[:n]
         rows.append(Tokens(ids, [j > n // 2 for j in range(n)], i))
     return rows
 
@@ -60,6 +62,8 @@ def trained_state(loaded: LoadedModel, config: TrainingConfig) -> dict[str, Tens
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"gradient_checkpointing": True},
+        {"shared_prefix_tokens": 0},
+        {"shared_prefix_tokens": 1, "micro_batch_tokens": 40},
     ],
 )
 @pytest.mark.parametrize("spec", [AdapterSpec("lora", 4), AdapterSpec("qa-lora", "full")], ids=["lora", "full"])
