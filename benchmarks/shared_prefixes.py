@@ -61,7 +61,7 @@ def step_seconds(loaded: LoadedModel, rows: Sequence[Tokens], shared: int | None
     began, total, tokens = time.perf_counter(), 0.0, 0
     ordered = sorted(rows, key=lambda row: row.ids) if shared is not None else list(rows)
     with group_parameters_once(loaded.model):
-        for group in micro_batches(ordered, TrainingConfig().micro_batch_tokens, shared):
+        for group in micro_batches(ordered, TrainingConfig().micro_batch_tokens, ALIGN, shared):
             batch = pack(group, ALIGN, shared)
             loss = pack_loss(loaded, batch)
             loss.backward()

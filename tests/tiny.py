@@ -75,7 +75,7 @@ def tiny_gguf(
         wide: rows of 256 and 512, which K-quants need.
     """
     model, tensors = _rounded(architecture, types, tied, bias, seed, wide)
-    metadata = _metadata(model.config, architecture) | _VOCABULARIES[vocabulary](architecture)
+    metadata = gguf_metadata(model.config, architecture) | _VOCABULARIES[vocabulary](architecture)
     if edit is not None:
         edit(metadata, tensors)
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def _llama3_factors(config: Any) -> np.ndarray:
     return np.array(factors, np.float32)
 
 
-def _metadata(config: Any, architecture: str) -> Metadata:
+def gguf_metadata(config: Any, architecture: str) -> Metadata:
     """What set_gguf_parameters of the converter writes."""
     arch = _gguf_arch(architecture)
     values: Metadata = {

@@ -84,17 +84,9 @@ def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None) -> P
         shared: least number of tokens for which it pays to let rows share them; None shares nothing.
     """
     assert rows
-    tree: list[_Segment] = []
-    leaves = [0] * len(rows)
-    if shared is None:
-        for row, tokens in enumerate(rows):
-            leaves[row] = _add(tree, row, 0, len(tokens), -1)
-    else:
-        _grow(rows, sorted(range(len(rows)), key=lambda i: rows[i].ids), 0, -1, shared, tree, leaves)
-    is_leaf = set(leaves)
-    lengths = [_up(s.end - s.start, align) if index in is_leaf else s.end - s.start for index, s in enumerate(tree)]
+    tree, leaves, lengths = _lay_out(rows, align, shared)
     lengths[-1] += _up(sum(lengths), 4 * align) - sum(lengths) if align > 1 else 0
-    starts = [sum(lengths[:index]) for index in range(len(tree))]
+    starts = [0, *itertools.accumulate(lengths)]
     ids: list[int] = []
     for segment, length in zip(tree, lengths, strict=True):
         own = rows[segment.row].ids[segment.start : segment.end]
@@ -116,33 +108,32 @@ def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None) -> P
     )
 
 
-def _add(tree: list[_Segment], row: int, start: int, end: int, parent: int) -> int:
-    tree.append(_Segment(row, start, end, parent))
-    return len(tree) - 1
-
-
-def _grow(
-    rows: Sequence[Tokens],
-    order: list[int],
-    start: int,
-    parent: int,
-    shared: int,
-    tree: list[_Segment],
-    leaves: list[int],
-) -> None:
-    """Add the segments of rows, given in order of their ids, that have their first `start` tokens in common."""
+def _lay_out(rows: Sequence[Tokens], align: int, shared: int | None) -> tuple[list[_Segment], list[int], list[int]]:
+    """Segments, for each row its last one, and the length of each segment; the last segment is the end of a row."""
+    if shared is None:
+        tree = [_Segment(row, 0, len(tokens), -1) for row, tokens in enumerate(rows)]
+        return tree, list(range(len(rows))), [_up(len(row), align) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: rows[i].ids)
     common = [common_tokens(rows[a], rows[b]) for a, b in itertools.pairwise(order)]
-    begin = 0
-    for end in range(1, len(order) + 1):
-        if end < len(order) and common[end - 1] >= start + shared:
-            continue
-        group = order[begin:end]
-        if len(group) == 1:
-            leaves[group[0]] = _add(tree, group[0], start, len(rows[group[0]]), parent)
-        else:
-            until = min(common[begin : end - 1])
-            _grow(rows, group, until, _add(tree, group[0], start, until, parent), shared, tree, leaves)
-        begin = end
+    tree, leaves = [], [0] * len(rows)
+    waiting = [(0, len(rows), 0, -1)]  # rows of `order` whose first tokens stand in the tree, how many, and where
+    while waiting:
+        first, last, start, parent = waiting.pop()
+        begin = first
+        for end in range(first + 1, last + 1):
+            if end < last and common[end - 1] >= start + shared:
+                continue
+            row, alone = order[begin], end == begin + 1
+            until = len(rows[row]) if alone else min(common[begin : end - 1])
+            tree.append(_Segment(row, start, until, parent))
+            if alone:
+                leaves[row] = len(tree) - 1
+            else:
+                waiting.append((begin, end, until, len(tree) - 1))
+            begin = end
+    ends = set(leaves)
+    lengths = [_up(s.end - s.start, align) if i in ends else s.end - s.start for i, s in enumerate(tree)]
+    return tree, leaves, lengths
 
 
 def _places(tree: list[_Segment], starts: list[int], leaf: int) -> list[int]:
@@ -163,20 +154,25 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def micro_batches(rows: Sequence[Tokens], max_tokens: int, shared: int | None = None) -> list[list[Tokens]]:
+def micro_batches(
+    rows: Sequence[Tokens], max_tokens: int, align: int = 1, shared: int | None = None
+) -> list[list[Tokens]]:
     """Split rows, in order, into groups of at most `max_tokens` tokens; a longer row stands alone.
 
     Args:
-        shared: as in `pack`; what a row shares with the one before it is not counted again.
+        align, shared: as in `pack`. With `shared` the tokens of the pack are counted, and those that are predicted, of
+            which several may belong to one token of the pack; without, the tokens of the rows.
     """
     groups: list[list[Tokens]] = []
     filled = 0
     for row in rows:
-        common = common_tokens(groups[-1][-1], row) if groups and shared is not None else 0
-        own = len(row) - (common if shared is not None and common >= shared else 0)
-        if not groups or filled + own > max_tokens:
+        if shared is None:
+            filled += len(row)
+        elif groups:
+            group = [*groups[-1], row]
+            filled = max(sum(_lay_out(group, align, shared)[2]), sum(sum(r.supervised) for r in group))
+        if not groups or filled > max_tokens:
             groups.append([])
-            filled, own = 0, len(row)
+            filled = len(row)
         groups[-1].append(row)
-        filled += own
     return groups

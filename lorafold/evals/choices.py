@@ -21,7 +21,7 @@ def row_losses(loaded: LoadedModel, rows: Sequence[Tokens], max_tokens: int = 10
     head = loaded.model.get_output_embeddings()
     assert head is not None
     results: list[tuple[float, int]] = []
-    for group in micro_batches(rows, max_tokens, SHARED):
+    for group in micro_batches(rows, max_tokens, ALIGN, SHARED):
         batch = pack(group, ALIGN, SHARED).to(loaded.device)
         hidden = hidden_states(loaded, batch)
         losses = torch.cat(

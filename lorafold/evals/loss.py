@@ -115,7 +115,7 @@ def evaluate(
         progress: called with the number of rows done after each forward pass.
     """
     total, count = 0.0, 0
-    for group in micro_batches(rows, max_tokens, SHARED):
+    for group in micro_batches(rows, max_tokens, ALIGN, SHARED):
         batch = pack(group, ALIGN, SHARED).to(loaded.device)
         total += float(pack_loss(loaded, batch))
         count += len(batch.targets)

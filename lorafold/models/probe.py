@@ -37,10 +37,13 @@ def rows_mix(model: PreTrainedModel, alone: Tensor) -> str | None:
     options = {"position_ids": positions, "segments": list(_ROWS), "use_cache": False}
     try:
         packed, again = (model.base_model(input_ids=row, **options)[0] for row in (ids, other))
+        options |= {"segments": [3, _ROWS[0] - 3, _ROWS[1]], "parents": [-1, 0, -1]}  # the first row in two segments
+        tree = model.base_model(input_ids=ids, **options)[0]
     except (TypeError, ValueError, RuntimeError) as error:
         return str(error).splitlines()[0]
     leaks = not torch.equal(packed[:, _ROWS[0] :], again[:, _ROWS[0] :])
     tolerance = 1e-3 if packed.dtype == torch.float32 else 5e-2
-    if leaks or not (packed - alone).abs().max() <= tolerance * alone.abs().max():
+    error = (torch.stack([packed, tree]) - alone).abs().max()
+    if leaks or not error <= tolerance * alone.abs().max():
         return "rows that lie end to end in one pass do not come out as each does alone"
     return None

@@ -39,7 +39,7 @@ def decode(name: str, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torc
     """Dense [O, I] of blocks uint8 [O, B, bytes] of the format `name`, with scale and offset float32 [O, G]."""
     exact, rounded, weights, *arguments = _KERNELS[name] if name in _KERNELS else _mlx_kernels(name)
     out = torch.empty(blocks.shape[0], blocks.shape[1] * weights, dtype=dtype)
-    raw, s, o = blocks.numpy(), scale.detach().contiguous().numpy(), offset.detach().contiguous().numpy()
+    raw, s, o = blocks.contiguous().numpy(), scale.detach().contiguous().numpy(), offset.detach().contiguous().numpy()
     looked_up = _lookup(name) if dtype == torch.bfloat16 and lookup.supported() else None
     if looked_up is not None:
         kernel, values, at = looked_up

@@ -12,9 +12,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import config, njit, prange, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 _BYTES, _HALF_BYTES = ir.VectorType(ir.IntType(8), 32), ir.VectorType(ir.IntType(8), 16)
@@ -26,8 +26,9 @@ _SIGNATURE = types.void(types.intp, types.float32, types.float32, types.intp, ty
 
 @functools.cache
 def supported() -> bool:
-    """Whether this processor has the instructions."""
-    return bool(llvmlite.binding.get_host_cpu_features().get("avx512bw"))
+    """Whether numba compiles for a processor that has the instructions; its settings may ask for an older one."""
+    _triple, _processor, features = cpu_target.target_context.codegen().magic_tuple()  # type: ignore[union-attr]
+    return "+avx512bw" in str(features).split(",") and not config.DISABLE_JIT  # type: ignore[attr-defined]
 
 
 def _load(builder: Any, address: Any, kind: Any) -> Any:

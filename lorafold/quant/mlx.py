@@ -67,6 +67,9 @@ class MLXCodec(Codec):
         """Blocks of the dense matrix [O, G group], as mx.quantize makes them.
 
         The weight of largest magnitude becomes the bias, and the scale is changed a little so that zero is a code.
+
+        Raises:
+            ValueError: a scale or bias is too large for the type in which it is stored.
         """
         groups, levels = weight.float().unflatten(1, (-1, self.group_size)), (1 << self.bits) - 1
         low, high = groups.amin(-1), groups.amax(-1)
@@ -76,7 +79,10 @@ class MLXCodec(Codec):
         zero = (edge / scale).round()
         scale, offset = torch.where(zero == 0, scale, edge / zero), torch.where(zero == 0, 0.0, edge)
         codes = ((groups - offset[..., None]) / scale[..., None]).round().clamp(0, levels)
-        return self.assemble(scale, offset, codes.to(torch.uint8))
+        blocks = self.assemble(scale, offset, codes.to(torch.uint8))
+        if not (torch.isfinite(self.scale(blocks)).all() and torch.isfinite(self.offset(blocks)).all()):
+            raise ValueError(f"a scale or bias is too large for {self.stored}")
+        return blocks
 
     def with_offset(self, blocks: Tensor, offset: Tensor) -> Tensor:
         """A copy of the blocks in which only the biases are other: float32 [O, G], already rounded."""

@@ -176,7 +176,7 @@ def _fold_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path, to: str | None
 
 @torch.no_grad()
 def _requantize_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path) -> FoldReport:
-    """Merge LoRA and quantize again as mlx_lm.fuse does; layers that are not quantized stay so."""
+    """Merge LoRA in float32 and quantize again as mx.quantize does; layers that are not quantized stay so."""
     packed: dict[str, QuantizedWeight] = {}
     plain: dict[str, torch.Tensor] = {}
     kept: list[float] = []
@@ -188,6 +188,8 @@ def _requantize_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path) -> FoldR
             steps.append(steps_apart(wanted, packed[name]))
         else:
             plain[f"{name}.weight"] = wanted.to(folder.stored_dtype(f"{name}.weight"))
+            if not torch.isfinite(plain[f"{name}.weight"]).all():
+                raise FoldError(f"{name}: a merged weight is beyond {folder.stored_dtype(f'{name}.weight')}")
         stored = packed[name].decode() if name in packed else plain[f"{name}.weight"].float()
         kept.append(kept_fraction(stored - before, wanted - before))
     write_mlx(folder, packed, plain, path)

@@ -32,7 +32,7 @@ from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.mlx import GROUPS, mlx_codec
 from lorafold.quant.weight import QuantizedWeight, encode
-from lorafold.runs.blocks import BlockWalk, find_blocks
+from lorafold.runs.blocks import BlockWalk, find_blocks, products_dtype
 
 _GGUF_TYPES = {4: "Q4_1", 5: "Q5_1", 8: "Q8_0"}
 _STORED = {"float16": "F16", "bfloat16": "BF16"}
@@ -304,6 +304,7 @@ class _Work:
             "model": loaded.weights_hash(),
             "rows": digest,
             "dtype": str(loaded.dtype),
+            "products": str(products_dtype()),
             **settings,
         }
         text = json.dumps(state, indent=2)

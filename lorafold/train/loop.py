@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from lorafold.adapters.inject import group_parameters_once
-from lorafold.adapters.lora import LoRA
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens
@@ -86,7 +86,7 @@ def train_steps(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingCon
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(config.seed)
     total = total_steps(len(rows), config)
-    shared = None if _drops_out(loaded.model) else config.shared_prefix_tokens or None
+    shared = None if drops_out(loaded.model) else config.shared_prefix_tokens or None
     batches = epoch_batches(len(rows), config)
     loaded.model.train()
     gc.collect()
@@ -120,7 +120,7 @@ def _one_step(
     if shared is not None:
         batch = sorted(batch, key=lambda row: row.ids)  # neighbours have most in common
     with group_parameters_once(loaded.model):
-        for group in micro_batches(batch, config.micro_batch_tokens, shared):
+        for group in micro_batches(batch, config.micro_batch_tokens, ALIGN, shared):
             loss = pack_loss(loaded, pack(group, ALIGN, shared).to(loaded.device))
             value = float(loss.detach())
             if not math.isfinite(value):
@@ -142,12 +142,15 @@ def _one_step(
     return Step(step, total_loss / supervised, rate, norm, len(batch), tokens, supervised, time.perf_counter() - began)
 
 
-def _drops_out(model: nn.Module) -> bool:
+def drops_out(model: nn.Module) -> bool:
     """Whether equal tokens of two rows may come out differently in training."""
-    return any(
-        (module.p if isinstance(module, nn.Dropout) else module.dropout if isinstance(module, LoRA) else 0) > 0
-        for module in model.modules()
-    )
+    for module in model.modules():
+        chances = {name: value for name, value in vars(module).items() if "drop" in name and "att" not in name}
+        if isinstance(module, _DropoutNd):
+            chances["p"] = module.p
+        if any(isinstance(chance, float) and chance > 0 for chance in chances.values()):
+            return True
+    return False  # dropout of attention weights is not computed here
 
 
 @torch.no_grad()

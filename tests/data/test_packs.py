@@ -118,4 +118,26 @@ def test_what_is_shared_stands_once() -> None:
     assert len(pack(rows, shared=16).ids) == 40 + 5 * 2
     assert len(pack(rows).ids) == 5 * 42
     assert [len(g) for g in micro_batches(rows, 46, shared=16)] == [3, 2]
+    assert [len(g) for g in micro_batches(rows, 46, align=4, shared=16)] == [1] * 5
     assert [len(g) for g in micro_batches(rows, 46)] == [1] * 5
+
+
+@given(count=st.integers(1, 15), seed=st.integers(0, 2**20), shared=st.integers(1, 9), align=st.sampled_from([1, 4]))
+@settings(max_examples=100, deadline=None)
+def test_micro_batches_hold_what_they_may(count: int, seed: int, shared: int, align: int) -> None:
+    """Neither the tokens of a pack, but for the end of its last row, nor its targets are more than was allowed."""
+    rows = sorted(related_rows(count, seed), key=lambda row: row.ids)
+    groups = micro_batches(rows, 40, align, shared)
+    assert [row for group in groups for row in group] == rows
+    for group in groups:
+        found = pack(group, align, shared)
+        assert len(group) == 1 or len(found.ids) - (4 * align - 1 if align > 1 else 0) <= 40
+        assert len(group) == 1 or len(found.targets) <= 40
+
+
+def test_rows_that_contain_each_other() -> None:
+    """A conversation that grows by a turn with each row: as deep as there are rows."""
+    rows = [Tokens(list(range(3 * i + 2)), [False] * (3 * i + 1) + [True], i) for i in range(1500)]
+    found = pack(rows, shared=1)
+    assert len(found.ids) == 3 * 1499 + 2 + 1499
+    assert max(found.parents) > 1400

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numba
 import numpy as np
 import pytest
@@ -104,3 +108,22 @@ def test_processors_without_the_lookup_decode_the_same(codec: str, monkeypatch: 
     with_lookup = kernels.decode(codec, blocks, scale, offset, torch.bfloat16)
     monkeypatch.setattr(lookup, "supported", lambda: False)
     same_bits(with_lookup, kernels.decode(codec, blocks, scale, offset, torch.bfloat16))
+
+
+@pytest.mark.parametrize("setting", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_ENABLE_AVX": "0"}])
+def test_numba_may_compile_for_an_older_processor(setting: dict[str, str]) -> None:
+    """As for a cache that several machines share: the lookup is left out, and LLVM is not asked for it."""
+    code = (
+        "import torch; from lorafold.quant.weight import encode; from lorafold.quant import lookup;"
+        "w = encode(torch.randn(4, 64), 'Q4_1'); exact = w.decode(torch.float32).bfloat16();"
+        "assert not lookup.supported(); assert torch.equal(w.decode(torch.bfloat16), exact)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | setting, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_blocks_that_are_not_contiguous() -> None:
+    blocks = random_blocks("Q4_1", 4, 6, seed=0)
+    for part in (blocks[:, ::2], blocks.transpose(0, 1), torch.cat([blocks, blocks], 2)[..., :20]):
+        for dtype in (torch.bfloat16, torch.float32):
+            assert torch.equal(CODECS["Q4_1"].decode(part, dtype), CODECS["Q4_1"].decode(part.contiguous(), dtype))

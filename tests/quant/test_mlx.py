@@ -105,3 +105,11 @@ def test_moved_offsets_are_what_is_stored(stored: str) -> None:
     (moved * torch.arange(27.0).view(9, 3)).sum().backward()
     assert update.grad is not None
     assert torch.equal(update.grad, torch.arange(27.0).view(9, 3))
+
+
+def test_weights_beyond_the_parameters_are_refused() -> None:
+    weight = torch.zeros(1, 32)
+    weight[0, 3] = 1e5
+    with pytest.raises(ValueError, match="too large for"):
+        encode(weight, mlx_codec(4, 32, "F16"))
+    assert torch.isfinite(encode(weight, mlx_codec(4, 32, "BF16")).decode()).all()

@@ -18,7 +18,7 @@ from lorafold.data.tokens import Tokens
 from lorafold.errors import TrainingError
 from lorafold.evals.loss import evaluate, pack_loss
 from lorafold.models.load import LoadedModel, load
-from lorafold.train.loop import epoch_batches, total_steps, train_steps
+from lorafold.train.loop import drops_out, epoch_batches, total_steps, train_steps
 from lorafold.train.schedule import learning_rate_at
 
 CONFIG = TrainingConfig(learning_rate=0.01, per_device_train_batch_size=4, max_steps=3, max_grad_norm=0)
@@ -177,3 +177,15 @@ def test_cosine_falls_from_the_peak_to_almost_nothing() -> None:
     assert rates[45] == pytest.approx(1.0)
     assert 0 < rates[-1] < 1e-2
     assert rates == sorted(rates, reverse=True)
+
+
+def test_nothing_is_shared_where_features_are_dropped(adapted: Callable[..., LoadedModel]) -> None:
+    """By a module, by an adapter, or by a number that a block hands to torch itself."""
+    model = adapted().model
+    assert not drops_out(model)
+    assert drops_out(adapted(AdapterSpec("lora", 2, lora_dropout=0.1)).model)
+    model.model.layers[0].residual_dropout = 0.1
+    assert drops_out(model)
+    model.model.layers[0].residual_dropout = 0.0
+    model.model.layers[1].dropped = torch.nn.Dropout(0.2)
+    assert drops_out(model)
