@@ -61,6 +61,7 @@ ENGINES = {
     "xllamacpp": "evals/llama_cpp.py",
     "mlx": "evals/mlx_lm.py",
     "mlx_lm": "evals/mlx_lm.py",
+    "llvmlite": "quant/lookup.py",
     "numba": "quant/compiled.py quant/kernels.py quant/lookup.py quant/solver.py models/kernels.py",
 }
 

@@ -38,7 +38,7 @@ def fold(
     trained = read_run(run)
     report = fold_run(trained, output, to, lossy)
     shown.output(f"{output}: {report.describe()}")
-    if report.kind == "lossy":
+    if lossy and report.kind != "exact":
         shown.output(measure_gain(trained, output, shown.Display()).describe())
     elif report.kind == "exact":
         shown.output(f"next: lorafold verify {output} --run {run}")

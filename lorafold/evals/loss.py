@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lorafold.config import TrainingConfig
 from lorafold.data.packs import Pack, micro_batches, pack
 from lorafold.data.tokens import Tokens
 from lorafold.models.load import LoadedModel
 from lorafold.quant.linear import QuantLinear
 
 ALIGN = 16  # row lengths are rounded up to this, see `pack`
-SHARED = 24  # tokens in common that stand once, see `pack`
+SHARED = TrainingConfig.shared_prefix_tokens  # tokens in common that stand once, see `pack`
 CHUNK = 128  # supervised positions whose logits exist at once: 128 x V x 4 bytes
 _FEW = 32  # the last chunk is filled up to a multiple of this: few shapes of matrices, see `pack`
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config keys of heads that do more
@@ -108,15 +109,17 @@ def evaluate(
     rows: Sequence[Tokens],
     max_tokens: int = 1024,
     progress: Callable[[int], None] | None = None,
+    shared: int | None = SHARED,
 ) -> float:
     """Mean cross-entropy (nats) per supervised token over all rows.
 
     Args:
         progress: called with the number of rows done after each forward pass.
+        shared: as in `pack`.
     """
     total, count = 0.0, 0
-    for group in micro_batches(rows, max_tokens, ALIGN, SHARED):
-        batch = pack(group, ALIGN, SHARED).to(loaded.device)
+    for group in micro_batches(rows, max_tokens, ALIGN, shared):
+        batch = pack(group, ALIGN, shared).to(loaded.device)
         total += float(pack_loss(loaded, batch))
         count += len(batch.targets)
         if progress:

@@ -24,11 +24,6 @@ class _Reached(Exception):
     """The last block has been reached; nothing after it is needed."""
 
 
-def products_dtype() -> torch.dtype:
-    """What matrices are rounded to before they are multiplied on the way through the blocks."""
-    return compute_dtype()
-
-
 @contextlib.contextmanager
 def _fast_products() -> Iterator[None]:
     """Let products of float32 matrices round what they multiply to bfloat16, where the machine does that fast.
@@ -36,7 +31,7 @@ def _fast_products() -> Iterator[None]:
     Sums stay float32, so that X^T X keeps its small eigenvalues; weights that are quantized are never rounded.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if products_dtype() == torch.bfloat16 else before)
+    torch.set_float32_matmul_precision("medium" if compute_dtype() == torch.bfloat16 else before)
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from lorafold.files import OutputError, replacing, size_on_disk, write_text
 from lorafold.models.architectures import ROPE_FACTORS
 from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.gguf_write import file_order, write_gguf
-from lorafold.models.load import MODEL_TYPES, LoadedModel
+from lorafold.models.load import MODEL_TYPES, LoadedModel, compute_dtype
 from lorafold.models.mlx_folder import create_mlx
 from lorafold.models.tensors import save_tensors
 from lorafold.quant.calibrate import Method, quantize
@@ -32,7 +32,7 @@ from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.mlx import GROUPS, mlx_codec
 from lorafold.quant.weight import QuantizedWeight, encode
-from lorafold.runs.blocks import BlockWalk, find_blocks, products_dtype
+from lorafold.runs.blocks import BlockWalk, find_blocks
 
 _GGUF_TYPES = {4: "Q4_1", 5: "Q5_1", 8: "Q8_0"}
 _STORED = {"float16": "F16", "bfloat16": "BF16"}
@@ -304,7 +304,7 @@ class _Work:
             "model": loaded.weights_hash(),
             "rows": digest,
             "dtype": str(loaded.dtype),
-            "products": str(products_dtype()),
+            "products": str(compute_dtype()),
             **settings,
         }
         text = json.dumps(state, indent=2)

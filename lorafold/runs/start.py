@@ -65,13 +65,13 @@ def _run(
     display: Display,
 ) -> dict[str, Any]:
     training, held_out = config.training, data.held_out.rows
-    before = _evaluate(loaded, held_out, display, folder, 0)
+    before = _evaluate(loaded, held_out, display, folder, config, 0)
     display.say(f"held-out loss before: {before:.4f}")
     asked = data.examples[: training.sample_rows]
     samples_before = sample(loaded, asked, config, display, "samples before")
     steps = _train(config, loaded, data, folder, display, before)
     save_adapter(folder.path / ADAPTER, loaded, config.adapter)
-    after = _evaluate(loaded, held_out, display, folder, len(steps))
+    after = _evaluate(loaded, held_out, display, folder, config, len(steps))
     display.say(f"held-out loss after: {after:.4f} (before: {before:.4f})")
     samples_after = sample(loaded, asked, config, display, "samples after")
     folder.samples(
@@ -118,7 +118,7 @@ def _train(
                 advance(1, training_note(step.loss, step.tokens / step.seconds))
                 if training.eval_steps and step.step % training.eval_steps == 0 and step.step < total:
                     loaded.model.eval()
-                    loss = _evaluate(loaded, data.held_out.rows, display, folder, step.step)
+                    loss = _evaluate(loaded, data.held_out.rows, display, folder, config, step.step)
                     display.say(f"step {step.step}: held-out loss {loss:.4f} (before: {before:.4f})")
     except TrainingError as error:
         save_adapter(folder.path / ADAPTER, loaded, config.adapter)
@@ -136,9 +136,11 @@ def _train(
     return steps
 
 
-def _evaluate(loaded: LoadedModel, rows: Sequence[Any], display: Display, folder: RunFolder, step: int) -> float:
+def _evaluate(
+    loaded: LoadedModel, rows: Sequence[Any], display: Display, folder: RunFolder, config: RunConfig, step: int
+) -> float:
     with display.bar("evaluating", len(rows)) as advance:
-        loss = evaluate(loaded, rows, progress=advance)
+        loss = evaluate(loaded, rows, progress=advance, shared=config.training.shared_prefix_tokens or None)
     folder.metric(step=step, eval_loss=loss)
     return loss
 

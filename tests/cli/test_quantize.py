@@ -29,7 +29,7 @@ Output = pytest.CaptureFixture[str]
 @pytest.fixture
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows walk through the blocks in float32, as on a machine that is not faster in bfloat16."""
-    monkeypatch.setattr("lorafold.runs.blocks.products_dtype", lambda: torch.float32)
+    monkeypatch.setattr("lorafold.runs.blocks.compute_dtype", lambda: torch.float32)
 
 
 def _logits(path: Path) -> torch.Tensor:
@@ -231,7 +231,7 @@ def test_fast_products_are_near_and_end_with_the_walk(tmp_path: Path, monkeypatc
     loaded, packs = load(tiny_folder_of(tmp_path / "m", "llama")), [pack([row]) for row in token_rows(3)]
     found = []
     for kind in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr("lorafold.runs.blocks.products_dtype", lambda kind=kind: kind)
+        monkeypatch.setattr("lorafold.runs.blocks.compute_dtype", lambda kind=kind: kind)
         walk = BlockWalk(loaded, packs)
         used: list[str] = []
         walk.blocks[0][1].register_forward_pre_hook(
