@@ -12,11 +12,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lorafold"
 COMMON = {"errors", "config", "files"}
 ALLOWED = {
-    "quant": set(),
+    "kernels": set(),
+    "quant": {"kernels"},
     "adapters": {"quant"},
-    "models": {"quant", "adapters"},
+    "models": {"kernels", "quant", "adapters"},
     "data": set(),
-    "evals": {"models", "data", "quant"},
+    "evals": {"kernels", "models", "data", "quant"},
     "train": {"models", "adapters", "data", "evals"},
     "runs": {"quant", "adapters", "models", "data", "evals", "train"},
     "cli": {"quant", "adapters", "models", "data", "evals", "train", "runs"},
@@ -61,8 +62,9 @@ ENGINES = {
     "xllamacpp": "evals/llama_cpp.py",
     "mlx": "evals/mlx_lm.py",
     "mlx_lm": "evals/mlx_lm.py",
-    "llvmlite": "quant/lookup.py",
-    "numba": "quant/compiled.py quant/kernels.py quant/lookup.py quant/solver.py models/kernels.py",
+    "llvmlite": "kernels/lanes.py kernels/rows.py kernels/tiles.py quant/lookup.py",
+    "numba": "kernels/attention.py kernels/block.py kernels/compiled.py kernels/lanes.py kernels/rows.py "
+    "kernels/tiles.py quant/kernels.py quant/lookup.py quant/solver.py",
 }
 
 

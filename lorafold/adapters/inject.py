@@ -69,8 +69,7 @@ class AdaptedLinear(nn.Module):
         adapter = self.adapter
         if isinstance(adapter, GroupAdapter):
             return self.base(x, *(self._once or (self.offset(), self.scale())))
-        y = self.base(x)
-        return y if adapter is None else adapter(x, y)
+        return self.base(x) if adapter is None else adapter(x, self.base)
 
 
 @dataclass

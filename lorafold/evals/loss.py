@@ -20,14 +20,28 @@ from torch.utils.checkpoint import checkpoint
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import Pack, micro_batches, pack
 from lorafold.data.tokens import Tokens
+from lorafold.kernels import block
 from lorafold.models.load import LoadedModel
 from lorafold.quant.linear import QuantLinear
 
 ALIGN = 16  # row lengths are rounded up to this, see `pack`
 SHARED = TrainingConfig.shared_prefix_tokens  # tokens in common that stand once, see `pack`
-CHUNK = 128  # supervised positions whose logits exist at once: 128 x V x 4 bytes
+CHUNK = 256  # supervised positions whose logits exist at once: 256 x V x 2 bytes
 _FEW = 32  # the last chunk is filled up to a multiple of this: few shapes of matrices, see `pack`
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config keys of heads that do more
+
+
+def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """The loss of each row [S] of logits [S, V], which with `gradient` become its gradient."""
+    if block.usable(logits):
+        return block.cross_entropy_(logits, targets, gradient)
+    wide = logits.float()
+    normalizer = wide.logsumexp(-1, keepdim=True)
+    losses = normalizer - wide.gather(1, targets[:, None])
+    if gradient:
+        probabilities = wide.sub_(normalizer).exp_()
+        logits.copy_(probabilities.scatter_add_(1, targets[:, None], torch.full_like(normalizer, -1.0)))
+    return losses[:, 0]
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -35,20 +49,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        room = hidden.new_empty(min(CHUNK, -(-len(targets) // _FEW) * _FEW), len(weight))
         for start in range(0, len(targets), CHUNK):
             here = slice(start, start + CHUNK)
             rows = len(targets[here])
-            part, target = (
-                F.pad(hidden[here], (0, 0, 0, -rows % _FEW)),
-                F.pad(targets[here], (0, -rows % _FEW))[:, None],
-            )
-            logits = F.linear(part, weight).float()
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            total += (normalizer - logits.gather(1, target))[:rows].sum()
+            part, target = F.pad(hidden[here], (0, 0, 0, -rows % _FEW)), F.pad(targets[here], (0, -rows % _FEW))
+            logits = torch.mm(part, weight.T, out=room[: len(part)])
+            losses = _cross_entropy_(logits, target, grad is not None)
+            total += losses[:rows].sum()
             if grad is not None:
-                probabilities = logits.sub_(normalizer).exp_()
-                probabilities.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
-                grad[here] = (probabilities.to(hidden.dtype) @ weight)[:rows]
+                grad[here] = (logits @ weight)[:rows]
         ctx.save_for_backward(grad)
         return total
 

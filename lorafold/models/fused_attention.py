@@ -10,13 +10,16 @@ pass with `attention.py`.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorafold.models import kernels
+from lorafold.kernels import attention as tiled
+from lorafold.kernels import block
+from lorafold.kernels.attention import Layout
 from lorafold.models.attention import joined, paths
 
 # classes with projections, rotary queries and keys, softmax(scaling q k) v and one more projection
@@ -34,13 +37,13 @@ class _PackAttention(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         segments: list[int],
-        parents: list[int] | None,
+        parents: list[int],
         scale: float,
         window: int,
     ) -> Tensor:
-        ctx.segments, ctx.paths = segments, paths(parents or [-1] * len(segments))
+        ctx.segments, ctx.paths = segments, paths(parents)
         ctx.scale, ctx.window, width = scale, window, cos.shape[-1]
-        q_rows, k_rows = (kernels.rotate(x, cos, sin, segments) for x in (q, k))
+        q_rows, k_rows = (block.rotate(x, cos, sin, segments) for x in (q, k))
         out = torch.empty_like(q)
         queries, keys = _by_row(segments, q_rows, k_rows, len(cos))
         values = [_heads(x, width) for x in v.split(segments)]
@@ -48,7 +51,7 @@ class _PackAttention(torch.autograd.Function):
         for path, out_row in zip(ctx.paths, out.split(segments), strict=True):
             own = path[-1]
             scores = torch.bmm(queries[own], joined(keys, path).transpose(1, 2))
-            kernels.causal_softmax_(scores, segments[own], scale, window)
+            block.causal_softmax_(scores, segments[own], scale, window)
             _put_heads(out_row, torch.bmm(scores, joined(values, path)))
             weights.append(scores)
         ctx.save_for_backward(q_rows, k_rows, v, cos, sin, *weights)
@@ -69,7 +72,7 @@ class _PackAttention(torch.autograd.Function):
             dy = _heads(dy_row, width).reshape(queries[own].shape)
             d_value = torch.bmm(p.transpose(1, 2), dy)
             d = torch.bmm(dy, joined(values, path).transpose(1, 2))
-            kernels.causal_softmax_backward_(p, segments[own], ctx.scale, ctx.window, d)
+            block.causal_softmax_backward_(p, segments[own], ctx.scale, ctx.window, d)
             torch.bmm(d, joined(keys, path), out=d_queries[own])
             parts = (
                 x.split([segments[i] for i in path], 1) for x in (torch.bmm(d.transpose(1, 2), queries[own]), d_value)
@@ -82,7 +85,28 @@ class _PackAttention(torch.autograd.Function):
         for (of_key, of_value), d_key, dv_row in zip(totals, d_keys, dv.split(segments), strict=True):
             d_key.copy_(of_key)
             _put_heads(dv_row, of_value)
-        return *(kernels.rotate_back(x, cos, sin, segments) for x in (dq, dk)), dv, *[None] * 6
+        return *(block.rotate_back(x, cos, sin, segments) for x in (dq, dk)), dv, *[None] * 6
+
+
+class _TileAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, cos, sin)
+        ctx.layout, ctx.scale, ctx.window = layout, scale, window
+        return tiled.forward(q, k, v, cos, sin, layout, scale, window)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cos, sin = ctx.saved_tensors
+        dy = grads[0].contiguous()
+        return *tiled.backward(q, k, v, cos, sin, ctx.layout, ctx.scale, ctx.window, dy), *[None] * 5
+
+
+@lru_cache(maxsize=4)
+def _layout(segments: tuple[int, ...], parents: tuple[int, ...], key_heads: int) -> Layout:
+    return Layout(list(segments), paths(list(parents)), key_heads)
 
 
 def longest(segments: list[int], parents: list[int] | None) -> int:
@@ -123,8 +147,12 @@ def attention_forward(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The forward pass of an attention module: hidden states [1, T, N] -> [1, T, N], and no attention weights."""
-    short = segments is not None and longest(segments, parents) <= MOST_TOKENS
-    if not short or past_key_values is not None or not kernels.usable(hidden_states):
+    if (
+        segments is None
+        or longest(segments, parents) > MOST_TOKENS
+        or past_key_values is not None
+        or not block.usable(hidden_states)
+    ):
         options |= {"segments": segments, "parents": parents}
         return type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, past_key_values, **options
@@ -134,7 +162,12 @@ def attention_forward(
     assert len(hidden_states) == 1  # rows lie end to end
     owner = module.config if type(module).__name__ == "MistralAttention" else module  # Qwen2 says it layer by layer
     window = getattr(owner, "sliding_window", None)
-    out = _PackAttention.apply(q, k, v, cos, sin, segments, parents, module.scaling, window or MOST_TOKENS)
+    window, parents = window or MOST_TOKENS, parents or [-1] * len(segments)
+    if tiled.usable(q, cos.shape[1]):
+        layout = _layout(tuple(segments), tuple(parents), k.shape[1] // cos.shape[1])
+        out = _TileAttention.apply(q, k, v, cos, sin, layout, module.scaling, window)
+    else:
+        out = _PackAttention.apply(q, k, v, cos, sin, segments, parents, module.scaling, window)
     return module.o_proj(out[None]), None  # type: ignore[index]
 
 

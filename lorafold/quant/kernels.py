@@ -13,8 +13,8 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from lorafold.kernels.compiled import on_torch_threads, round_bfloat16
 from lorafold.quant import lookup
-from lorafold.quant.compiled import on_torch_threads, round_bfloat16
 
 # kvalues_iq4nl of ggml-common.h
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

@@ -13,13 +13,14 @@ the whole input and a third matrix product.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorafold.kernels import block
 from lorafold.quant.weight import QuantizedWeight
 
 _GRADIENT_ENTRIES = 1 << 22  # weights whose dense gradient is held at once
@@ -34,7 +35,8 @@ class _PackedMatmul(torch.autograd.Function):
         if scale is not None and scale.requires_grad:
             kept = x
         elif offset is not None and offset.requires_grad:
-            kept = x.unflatten(-1, (-1, weight.format.group_size)).sum(-1)
+            size = weight.format.group_size
+            kept = block.pool(x, size) if block.usable(x) else x.unflatten(-1, (-1, size)).sum(-1)
         ctx.save_for_backward(offset, scale, kept)
         return F.linear(x, weight.decode(x.dtype, offset, scale))
 
@@ -151,6 +153,15 @@ class QuantEmbedding(_Packed):
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
         return f"{self.shape[0]} x {self.shape[1]}, {self.codec}"
+
+
+def frozen_weight(layer: nn.Linear | QuantLinear, dtype: torch.dtype) -> Callable[[], Tensor] | None:
+    """What gives the weight [out, in] in a type each time it is needed; None where it is trained or kept decoded."""
+    if isinstance(layer, QuantLinear):
+        packed = layer.packed
+        return None if layer._keep_dense else lambda: packed.decode(dtype)
+    weight = layer.weight
+    return None if weight.requires_grad or weight.dtype != dtype else lambda: weight
 
 
 def plain_parameters(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

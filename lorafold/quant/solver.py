@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit, prange
 from torch import Tensor
 
-from lorafold.quant.compiled import on_torch_threads
+from lorafold.kernels.compiled import on_torch_threads
 
 _SUMS = {"reassoc", "contract", "nsz"}  # sums in any order, so that they are computed side by side
 

@@ -23,6 +23,7 @@ from lorafold.data.tokens import Tokens
 from lorafold.errors import TrainingError
 from lorafold.evals.loss import ALIGN, pack_loss
 from lorafold.models.load import LoadedModel
+from lorafold.train.memory import keep_freed_memory
 from lorafold.train.schedule import learning_rate_at
 
 
@@ -88,6 +89,7 @@ def train_steps(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingCon
     total = total_steps(len(rows), config)
     shared = None if drops_out(loaded.model) else config.shared_prefix_tokens or None
     batches = epoch_batches(len(rows), config)
+    keep_freed_memory()
     loaded.model.train()
     gc.collect()
     gc.freeze()  # the collector would walk through the model and all imported modules several times a step

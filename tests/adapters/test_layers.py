@@ -39,14 +39,20 @@ def adapted(spec: AdapterSpec, base: nn.Linear | QuantLinear | None = None, std:
     return layer
 
 
-def test_lora_is_its_formula() -> None:
-    adapter = LoRA(6, 4, r=2, scaling=1.5)
+@pytest.mark.parametrize("trained_base", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_lora_is_its_formula(bias: bool, trained_base: bool) -> None:
+    """Output and gradients, fused (a frozen base) and step by step."""
+    adapter, base = LoRA(6, 4, r=2, scaling=1.5), nn.Linear(6, 4, bias=bias).requires_grad_(trained_base)
     nn.init.normal_(adapter.lora_B)
-    x = torch.randn(3, 5, 6)
-    expected = torch.einsum("bti,ri,or->bto", x, adapter.lora_A, adapter.lora_B) * 1.5
-    y = torch.randn(3, 5, 4)
-    torch.testing.assert_close(adapter(x, y), y + expected)
-    torch.testing.assert_close(x @ adapter.delta().T, expected)
+    x, dy = torch.randn(3, 5, 6, requires_grad=True), torch.randn(3, 5, 4)
+    update = torch.einsum("bti,ri,or->bto", x, adapter.lora_A, adapter.lora_B) * 1.5
+    torch.testing.assert_close(x @ adapter.delta().T, update)
+    leaves = (x, adapter.lora_A, adapter.lora_B)
+    torch.testing.assert_close(adapter(x, base), base(x) + update)
+    ours, theirs = (torch.autograd.grad(y, leaves, dy) for y in (adapter(x, base), base(x) + update))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_dropout_acts_on_the_adapters_input_while_training_only() -> None:
@@ -56,7 +62,8 @@ def test_dropout_acts_on_the_adapters_input_while_training_only() -> None:
         adapter.lora_A.copy_(torch.eye(1000))
         adapter.lora_B.copy_(torch.eye(1000))
     x = torch.rand(4, 1000) + 0.5
-    nothing = torch.zeros_like(x)
+    nothing = nn.Linear(1000, 1000, bias=False).requires_grad_(False)
+    nn.init.zeros_(nothing.weight)
     y = adapter(x, nothing)
     dropped = y == 0
     assert 0.25 < dropped.float().mean() < 0.35  # 4,000 draws: a standard deviation of 0.007

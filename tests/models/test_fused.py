@@ -14,7 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, a
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from lorafold.models import attention, fused_attention, kernels
+from lorafold.kernels import attention as tiled
+from lorafold.kernels import block, tiles
+from lorafold.models import attention, fused_attention
 from lorafold.models.fused_attention import replace_attention
 from lorafold.models.gated import replace_gated
 
@@ -38,22 +40,23 @@ def _error(a: Tensor, exact: Tensor) -> float:
 
 def test_swiglu_and_its_gradient() -> None:
     """Rounded once, so at most half a unit in the last place (2^-9) off, and gradients likewise."""
-    gate, up, dy = (4 * torch.randn(7, 33).bfloat16() for _ in range(3))
+    gate, up, dy = (4 * torch.randn(7, 48).bfloat16() for _ in range(3))
     g, u = gate.double().requires_grad_(), up.double().requires_grad_()
     exact = F.silu(g) * u
     exact.backward(dy.double())
-    d_gate, d_up = kernels.swiglu_backward(gate, up, dy)
+    d_gate, d_up = block.swiglu_backward(gate, up, dy)
     assert g.grad is not None
     assert u.grad is not None
-    for ours, theirs in ((kernels.swiglu(gate, up), exact), (d_gate, g.grad), (d_up, u.grad)):
+    for ours, theirs in ((block.swiglu(gate, up), exact), (d_gate, g.grad), (d_up, u.grad)):
         torch.testing.assert_close(ours.double(), theirs.detach(), rtol=2**-8 * 1.01, atol=1e-30)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30, 1e30, 0.0])
 def test_swiglu_of_extreme_gates(value: float) -> None:
     """As torch computes it; 0 * infinity and NaN stay NaN."""
-    gate, up = torch.tensor([[value, 1.0]]).bfloat16(), torch.tensor([[2.0, 2.0]]).bfloat16()
-    torch.testing.assert_close(kernels.swiglu(gate, up), F.silu(gate) * up, equal_nan=True)
+    gate, up = torch.ones(1, 16).bfloat16(), torch.full((1, 16), 2.0).bfloat16()
+    gate[0, 3] = value
+    torch.testing.assert_close(block.swiglu(gate, up), F.silu(gate) * up, equal_nan=True)
 
 
 @pytest.mark.parametrize("segments", [[1], [5], [3, 1, 8], [16, 16]])
@@ -65,13 +68,13 @@ def test_rotation(segments: list[int], width: int) -> None:
     by_head = x.float().view(1, tokens, heads, width).transpose(1, 2)
     rotated, _ = apply_rotary_pos_emb(by_head, by_head, cos.float()[None], sin.float()[None])
     expected = torch.cat([part[0].reshape(-1, width) for part in rotated.split(segments, 2)])
-    ours = kernels.rotate(x, cos, sin, segments)
+    ours = block.rotate(x, cos, sin, segments)
     torch.testing.assert_close(ours.float(), expected, rtol=2**-8, atol=2**-8)
     # the gradient is the transpose: <rotate x, y> = <x, rotate_back y>
     y = torch.randn_like(ours)
-    back = kernels.rotate_back(y, cos, sin, segments)
+    back = block.rotate_back(y, cos, sin, segments)
     torch.testing.assert_close((expected * y.float()).sum(), (x.float() * back.float()).sum(), rtol=0.02, atol=0.5)
-    inverse = kernels.rotate_back(ours, cos, sin, segments)  # a rotation, so its transpose undoes it
+    inverse = block.rotate_back(ours, cos, sin, segments)  # a rotation, so its transpose undoes it
     torch.testing.assert_close(inverse.float(), x.float(), rtol=0.05, atol=0.05)
 
 
@@ -85,13 +88,13 @@ def test_causal_softmax(tokens: int, older: int, window: int) -> None:
     visible = (distance >= 0) & (distance < window)
     weights = (exact * 0.3).masked_fill(~visible, -torch.inf).softmax(-1)
     ours = scores.clone()
-    kernels.causal_softmax_(ours, tokens, 0.3, window)
+    block.causal_softmax_(ours, tokens, 0.3, window)
     torch.testing.assert_close(ours.double(), weights.detach(), rtol=2**-8, atol=1e-6)
     assert not ours[:, ~visible].any()
     dy = torch.randn(5, tokens, older + tokens).bfloat16()
     weights.backward(dy.double())
     d = dy.clone()
-    kernels.causal_softmax_backward_(weights.detach().bfloat16(), tokens, 0.3, window, d)
+    block.causal_softmax_backward_(weights.detach().bfloat16(), tokens, 0.3, window, d)
     assert exact.grad is not None
     torch.testing.assert_close(d.double(), exact.grad, rtol=2**-7, atol=2**-8)
     assert not d[:, ~visible].any()
@@ -103,18 +106,19 @@ def test_undefined_scores_are_seen(value: float, place: int) -> None:
     """Rows that see such a score are not numbers, as in torch; rows before it are."""
     scores = torch.randn(1, 4, 4).bfloat16()
     scores[0, place:, place] = value
-    kernels.causal_softmax_(scores, 4, 0.5, 9)
+    block.causal_softmax_(scores, 4, 0.5, 9)
     seen = torch.arange(4) >= place
     assert scores[0, seen].isnan().any(-1).all()
     assert not scores[0, ~seen].isnan().any()
 
 
-def _modules() -> dict[str, tuple[nn.Module, int | None]]:
-    mixed = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1, num_hidden_layers=2)
+def _modules(hidden: int = 96) -> dict[str, tuple[nn.Module, int | None]]:
+    sizes = SIZES | {"hidden_size": hidden}
+    mixed = Qwen2Config(**sizes, use_sliding_window=True, sliding_window=4, max_window_layers=1, num_hidden_layers=2)
     return {
-        "llama": (LlamaAttention(LlamaConfig(**SIZES), 0), None),
-        "llama, biases": (LlamaAttention(LlamaConfig(**SIZES, attention_bias=True), 0), None),
-        "mistral, window": (MistralAttention(MistralConfig(**SIZES, sliding_window=5), 0), 5),
+        "llama": (LlamaAttention(LlamaConfig(**sizes), 0), None),
+        "llama, biases": (LlamaAttention(LlamaConfig(**sizes, attention_bias=True), 0), None),
+        "mistral, window": (MistralAttention(MistralConfig(**sizes, sliding_window=5), 0), 5),
         "qwen2, full layer": (Qwen2Attention(mixed, 0), None),
         "qwen2, window": (Qwen2Attention(mixed, 1), 4),
     }
@@ -130,7 +134,7 @@ def _run(module: nn.Module, x: Tensor, tree: Segments, dy: Tensor) -> tuple[Tens
     for n, parent in zip(segments, parents, strict=True):
         ends.append(n + (ends[parent] if parent >= 0 else 0))
     places = [torch.arange(end - n, end) for n, end in zip(segments, ends, strict=True)]
-    cos, sin = _angles(torch.cat(places), 16)
+    cos, sin = _angles(torch.cat(places), x.shape[-1] // SIZES["num_attention_heads"])
     x = x.clone().requires_grad_()
     rotation = (cos[None].to(x.dtype), sin[None].to(x.dtype))
     out, _ = module(x, position_embeddings=rotation, attention_mask=None, segments=segments, parents=parents)
@@ -163,8 +167,8 @@ def test_attention(kind: str, tree: Segments, monkeypatch: pytest.MonkeyPatch) -
     before = _run(narrow, x, tree, dy)
     replace_attention(narrow)
     seen: list[int] = []
-    real = kernels.causal_softmax_
-    monkeypatch.setattr(kernels, "causal_softmax_", lambda s, n, scale, w: (seen.append(w), real(s, n, scale, w)))
+    real = block.causal_softmax_
+    monkeypatch.setattr(block, "causal_softmax_", lambda s, n, scale, w: (seen.append(w), real(s, n, scale, w)))
     after = _run(narrow, x, tree, dy)
     assert seen == [window or fused_attention.MOST_TOKENS] * len(tree[0])
     for ours, theirs, truth in zip(after, before, exact, strict=True):
@@ -174,6 +178,104 @@ def test_attention(kind: str, tree: Segments, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(_run(narrow, x, tree, dy)[0], before[0])
     replace_attention(wide)
     assert torch.equal(_run(wide, x.float(), tree, dy)[0], exact[0])
+
+
+TILED = [
+    ([9], [-1]),
+    ([1, 70, 33], [-1, -1, -1]),
+    ([32, 50, 16], [-1, 0, 0]),
+    ([3, 40, 4, 1, 64, 6], [-1, 0, 1, 1, 0, -1]),
+]
+needs_tiles = pytest.mark.skipif(not tiles.supported(), reason="a processor with matrix tiles")
+
+
+@needs_tiles
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("tree", TILED)
+@pytest.mark.parametrize("kind", list(_modules()))
+def test_tiled_attention(kind: str, tree: Segments, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No farther from the float32 result than the same module in bfloat16, with a tenth for chance."""
+    torch.manual_seed(0)
+    module, window = _modules(6 * width)[kind]
+    module.config._attn_implementation = attention.NAME  # type: ignore[union-attr]
+    module.requires_grad_(False)
+    x, dy = (torch.randn(1, sum(tree[0]), 6 * width).bfloat16() for _ in range(2))
+    narrow = copy.deepcopy(module).bfloat16()
+    wide = copy.deepcopy(narrow).float()
+    exact = _run(wide, x.float(), tree, dy)
+    before = _run(narrow, x, tree, dy)
+    replace_attention(narrow)
+    seen: list[int] = []
+    real = tiled.forward
+    monkeypatch.setattr(tiled, "forward", lambda *given: (seen.append(given[-1]), real(*given))[1])
+    after = _run(narrow, x, tree, dy)
+    assert seen == [window or fused_attention.MOST_TOKENS]
+    for ours, theirs, truth in zip(after, before, exact, strict=True):
+        assert _error(ours, truth) < 1.1 * _error(theirs, truth) + 1e-4
+
+
+@needs_tiles
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_undefined_keys_are_seen(value: float) -> None:
+    """Whoever sees a key that is not finite is not a number, and nobody else."""
+    q, k, v = (torch.randn(40, n * 32).bfloat16() for n in (4, 2, 2))
+    k[7, 5] = value
+    cos, sin = _angles(torch.arange(40), 32)
+    out = tiled.forward(q, k, v, cos, sin, tiled.Layout([40], [[0]], 2), 0.2, 99)
+    assert out[7:, :64].isnan().all()
+    assert out[:7].isfinite().all()
+    assert out[:, 64:].isfinite().all()  # the other key head
+
+
+@needs_tiles
+def test_sums_of_ancestors_do_not_depend_on_threads() -> None:
+    """The same bits from one thread and from two."""
+    tree = ([20, 30, 40, 10], [-1, 0, 0, 1])
+    q, k, v, dy = (torch.randn(100, n * 64).bfloat16() for n in (6, 2, 2, 6))
+    cos, sin = _angles(torch.arange(100), 64)
+    layout = tiled.Layout(tree[0], attention.paths(tree[1]), 2)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            results.append(tiled.backward(q, k, v, cos, sin, layout, 0.1, 99, dy))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("vocabulary", [16, 48, 1008])
+def test_cross_entropy(vocabulary: int) -> None:
+    """Losses to float32's precision, gradients rounded once."""
+    logits, targets = (6 * torch.randn(9, vocabulary)).bfloat16(), torch.randint(vocabulary, (9,))
+    exact = logits.double().requires_grad_()
+    losses = F.cross_entropy(exact, targets, reduction="none")
+    losses.sum().backward()
+    ours = logits.clone()
+    torch.testing.assert_close(
+        block.cross_entropy_(ours, targets, False).double(), losses.detach(), rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(ours, logits)
+    block.cross_entropy_(ours, targets, True)
+    assert exact.grad is not None
+    torch.testing.assert_close(ours.double(), exact.grad, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_cross_entropy_of_undefined_logits(value: float) -> None:
+    logits = torch.zeros(2, 16).bfloat16()
+    logits[1, 4] = value
+    losses = block.cross_entropy_(logits, torch.tensor([3, 3]), True)
+    assert losses[0].isfinite()
+    assert not losses[1].isfinite()
+    assert logits[1].isnan().any()
+
+
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_pool(group: int) -> None:
+    x = torch.randn(5, 3, 192).bfloat16()
+    exact = x.double().unflatten(-1, (-1, group)).sum(-1)
+    torch.testing.assert_close(block.pool(x, group).double(), exact, rtol=2**-8, atol=1e-5)
 
 
 def test_gated_block() -> None:

@@ -14,15 +14,24 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from lorafold.quant.compiled import on_torch_threads, round_bfloat16
+from lorafold.kernels.compiled import address, on_torch_threads, round_bfloat16
+from lorafold.kernels.rows import (
+    logits_row,
+    pool_row,
+    probabilities_row,
+    rms_norm_backward_row,
+    rms_norm_row,
+    swiglu_backward_row,
+    swiglu_row,
+)
 
-_SAFE = {"reassoc", "contract"}  # sums in any order; infinities and NaN stay what they are
-_LOG2E = np.float32(1.4426950408889634)
+SAFE = {"reassoc", "contract"}  # sums in any order; infinities and NaN stay what they are
+LOG2E = np.float32(1.4426950408889634)
 
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels cover this tensor."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-1] % 16 == 0
 
 
 def _raw(x: Tensor) -> np.ndarray:
@@ -33,83 +42,73 @@ def _rows(x: Tensor) -> np.ndarray:
     return _raw(x).reshape(-1, x.shape[-1])
 
 
+def _whole(x: Tensor) -> np.ndarray:
+    assert x.shape[-1] % 16 == 0
+    return _rows(x)
+
+
 @njit(inline="always")
-def _widen(source, w):
+def widen(source, w):
+    """w = source in float32."""
     bits = w.view(np.uint32)
     for j in range(len(source)):
         bits[j] = np.uint32(source[j]) << np.uint32(16)
 
 
 @njit(inline="always")
+def widened(word):
+    """One bfloat16 number in float32."""
+    return np.int32(np.uint32(word) << np.uint32(16)).view(np.float32)
+
+
+@njit(inline="always")
 def _wide(source):
     w = np.empty(len(source), np.float32)
-    _widen(source, w)
+    widen(source, w)
     return w
 
 
 @njit(inline="always")
-def _narrow(w, out):
+def narrow(w, out):
+    """out = w rounded to bfloat16."""
     round_bfloat16(w.view(np.uint32), out)
 
 
 @njit(inline="always")
-def _exp2(w):
-    """w = 2^w in place for w in [-126, 127]; relative error below 3e-7."""
-    power = np.empty(len(w), np.int32)
-    factor = power.view(np.float32)
-    for j in range(len(w)):
-        whole = np.floor(w[j] + np.float32(0.5))
-        f = w[j] - whole  # in [-1/2, 1/2): the Taylor series of exp(f ln 2)
-        p = np.float32(1.5403530e-4)
-        p = p * f + np.float32(1.3333558e-3)
-        p = p * f + np.float32(9.6181291e-3)
-        p = p * f + np.float32(5.5504109e-2)
-        p = p * f + np.float32(2.4022651e-1)
-        p = p * f + np.float32(6.9314718e-1)
-        w[j] = p * f + np.float32(1)
-        power[j] = (np.int32(whole) + np.int32(127)) << np.int32(23)
-    for j in range(len(w)):
-        w[j] *= factor[j]
+def exp2(x):
+    """2^x, and 2^-126 for all that is smaller; relative error below 3e-7; x below 127; NaN stays NaN."""
+    x = np.float32(-126) if x < np.float32(-126) else x
+    whole = np.floor(x + np.float32(0.5))
+    f = x - whole  # in [-1/2, 1/2): the Taylor series of exp(f ln 2)
+    p = np.float32(1.5403530e-4)
+    p = p * f + np.float32(1.3333558e-3)
+    p = p * f + np.float32(9.6181291e-3)
+    p = p * f + np.float32(5.5504109e-2)
+    p = p * f + np.float32(2.4022651e-1)
+    p = p * f + np.float32(6.9314718e-1)
+    p = p * f + np.float32(1)
+    return p * np.int32((np.int32(whole) + 127) << 23).view(np.float32)
 
 
-@njit(parallel=True, cache=True, fastmath=_SAFE)
+@njit(parallel=True, cache=True)
 def _rms_norm(x, weight, eps, out, rstd):
     for t in prange(x.shape[0]):
-        w = _wide(x[t])
-        squares = np.float32(0)
-        for j in range(len(w)):
-            squares += w[j] * w[j]
-        r = np.float32(1) / np.sqrt(squares / np.float32(len(w)) + eps)
-        rstd[t] = r
-        for j in range(len(w)):
-            w[j] *= r
-        _narrow(w, out[t])  # transformers rounds before it multiplies with the weight
-        scaled = _wide(out[t])
-        for j in range(len(w)):
-            scaled[j] *= weight[j]
-        _narrow(scaled, out[t])
+        place = rstd.ctypes.data + 4 * t
+        rms_norm_row(address(x, t, 0), weight.ctypes.data, x.shape[1], eps, address(out, t, 0), place)
 
 
-@njit(parallel=True, cache=True, fastmath=_SAFE)
+@njit(parallel=True, cache=True)
 def _rms_norm_backward(x, weight, rstd, dy, dx):
     for t in prange(x.shape[0]):
-        w, g = _wide(x[t]), _wide(dy[t])
-        r, dot = rstd[t], np.float32(0)
-        for j in range(len(w)):
-            g[j] *= weight[j]
-            w[j] *= r
-            dot += g[j] * w[j]
-        dot /= np.float32(len(w))
-        for j in range(len(w)):
-            g[j] = r * (g[j] - w[j] * dot)
-        _narrow(g, dx[t])
+        here = (address(dy, t, 0), x.shape[1], address(dx, t, 0))
+        rms_norm_backward_row(address(x, t, 0), weight.ctypes.data, rstd[t], *here)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """weight * x / rms(x) and 1 / rms(x) [...] float32, over the last dimension of x [..., N]."""
     out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:-1])
     factors = weight.detach().float().numpy()
-    on_torch_threads(_rms_norm, _rows(x), factors, np.float32(eps), _rows(out), rstd.view(-1).numpy())
+    on_torch_threads(_rms_norm, _whole(x), factors, np.float32(eps), _whole(out), rstd.view(-1).numpy())
     return out, rstd
 
 
@@ -117,60 +116,74 @@ def rms_norm_backward(x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor) -> Te
     """The gradient of `rms_norm` with respect to x."""
     dx = torch.empty(x.shape, dtype=x.dtype)
     factors = weight.detach().float().numpy()
-    on_torch_threads(_rms_norm_backward, _rows(x), factors, rstd.view(-1).numpy(), _rows(dy), _rows(dx))
+    on_torch_threads(_rms_norm_backward, _whole(x), factors, rstd.view(-1).numpy(), _whole(dy), _whole(dx))
     return dx
 
 
-@njit(inline="always")
-def _sigmoid(gate):
-    """1 / (1 + exp(-gate)), where the exponential stays within the range of a float32."""
-    w = np.empty(len(gate), np.float32)
-    for j in range(len(w)):
-        x = gate[j] * -_LOG2E
-        x = x if x > np.float32(-126) else np.float32(-126)
-        w[j] = x if x < np.float32(126) else np.float32(126)
-    _exp2(w)
-    for j in range(len(w)):
-        w[j] = np.float32(1) / (np.float32(1) + w[j])
-    return w
-
-
-@njit(parallel=True, cache=True, fastmath=_SAFE)
+@njit(parallel=True, cache=True)
 def _swiglu(gate, up, out):
-    n = gate.shape[1]
     for t in prange(gate.shape[0]):
-        g, u = _wide(gate[t]), _wide(up[t])
-        s = _sigmoid(g)
-        for j in range(n):
-            g[j] = g[j] * s[j] * u[j]
-        _narrow(g, out[t])
+        swiglu_row(address(gate, t, 0), address(up, t, 0), gate.shape[1], address(out, t, 0))
 
 
-@njit(parallel=True, cache=True, fastmath=_SAFE)
+@njit(parallel=True, cache=True)
 def _swiglu_backward(gate, up, dy, d_gate, d_up):
-    n = gate.shape[1]
     for t in prange(gate.shape[0]):
-        g, u, d = _wide(gate[t]), _wide(up[t]), _wide(dy[t])
-        s = _sigmoid(g)
-        for j in range(n):
-            u[j] = d[j] * u[j] * s[j] * (np.float32(1) + g[j] * (np.float32(1) - s[j]))
-            d[j] = d[j] * g[j] * s[j]
-        _narrow(u, d_gate[t])
-        _narrow(d, d_up[t])
+        given = (address(gate, t, 0), address(up, t, 0), address(dy, t, 0))
+        swiglu_backward_row(*given, gate.shape[1], address(d_gate, t, 0), address(d_up, t, 0))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, all [..., N]."""
     out = torch.empty(gate.shape, dtype=gate.dtype)
-    on_torch_threads(_swiglu, _rows(gate), _rows(up), _rows(out))
+    on_torch_threads(_swiglu, _whole(gate), _whole(up), _whole(out))
     return out
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `swiglu` with respect to gate and up."""
     d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
-    on_torch_threads(_swiglu_backward, _rows(gate), _rows(up), _rows(dy), _rows(d_gate), _rows(d_up))
+    on_torch_threads(_swiglu_backward, _whole(gate), _whole(up), _whole(dy), _whole(d_gate), _whole(d_up))
     return d_gate, d_up
+
+
+@njit(parallel=True, cache=True)
+def _cross_entropy(logits, targets, changes, losses, found):
+    for t in prange(logits.shape[0]):
+        row, width, target = address(logits, t, 0), logits.shape[1], targets[t]
+        logits_row(row, width, address(found, t, 0))
+        largest, total = found[t, 0], found[t, 1]
+        chosen = widened(logits[t, target]) - largest
+        losses[t] = np.log(total) - chosen
+        if changes:
+            probabilities_row(row, width, largest, total)
+            rest = np.empty(1, np.float32)
+            rest[0] = np.exp(chosen) / total - np.float32(1)
+            narrow(rest, logits[t, target : target + 1])
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """The cross-entropy of each row of logits [S, V] with a target [S], float32 [S].
+
+    With `gradient` the logits become its gradient, softmax less one at the target, in place.
+    """
+    assert logits.is_contiguous()
+    losses, found = torch.empty(len(logits)), torch.empty(len(logits), 2)
+    on_torch_threads(_cross_entropy, _raw(logits), targets.numpy(), gradient, losses.numpy(), found.numpy())
+    return losses
+
+
+@njit(parallel=True, cache=True)
+def _pool(x, group, out):
+    for t in prange(x.shape[0]):
+        pool_row(address(x, t, 0), x.shape[1], group, address(out, t, 0))
+
+
+def pool(x: Tensor, group: int) -> Tensor:
+    """The sum of each `group` features that follow one another, a multiple of 16: [..., N] -> [..., N / group]."""
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // group)
+    on_torch_threads(_pool, _whole(x), group, _rows(out))
+    return out
 
 
 @njit(parallel=True, cache=True)
@@ -183,11 +196,11 @@ def _rotate(source, cos, sin, starts, lengths, out, back):
         a, b = np.empty(2 * half, np.float32), np.empty(2 * half, np.float32)
         for h in range(heads):
             by_token, by_head = t * heads + h, starts[row] * heads + h * lengths[row] + t - starts[row]
-            _widen(source[by_head if back else by_token], a)
+            widen(source[by_head if back else by_token], a)
             for j in range(half):
                 b[j] = a[j] * c[j] - a[j + half] * s[j]
                 b[j + half] = a[j + half] * c[j + half] + a[j] * s[j + half]
-            _narrow(b, out[by_token if back else by_head])
+            narrow(b, out[by_token if back else by_head])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, segments: list[int]) -> Tensor:
@@ -215,32 +228,27 @@ def _bounds(segments: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.cumsum(lengths) - lengths, lengths
 
 
-@njit(parallel=True, cache=True, fastmath=_SAFE)
+@njit(parallel=True, cache=True, fastmath=SAFE)
 def _causal_softmax(scores, tokens, scale, window):
     for i in prange(scores.shape[0]):
         t = scores.shape[1] - tokens + i % tokens
         first = max(0, t + 1 - window)
         w = _wide(scores[i, first : t + 1])
-        largest, undefined = w[0], np.float32(0)
+        largest = w[0]
         for j in range(len(w)):
             largest = w[j] if w[j] > largest else largest
-            undefined += w[j] * np.float32(0)  # not a number if any score is none, or infinite
+        total, factor = np.float32(0), scale * LOG2E
         for j in range(len(w)):
-            x = (w[j] - largest) * (scale * _LOG2E)
-            w[j] = x if x > np.float32(-126) else np.float32(-126)
-        _exp2(w)
-        total = np.float32(0)
-        for j in range(len(w)):
+            w[j] = exp2((w[j] - largest) * factor)
             total += w[j]
-        total = np.float32(1) / total + undefined
         for j in range(len(w)):
-            w[j] *= total
+            w[j] /= total
         scores[i, :first] = 0
-        _narrow(w, scores[i, first : t + 1])
+        narrow(w, scores[i, first : t + 1])
         scores[i, t + 1 :] = 0
 
 
-@njit(parallel=True, cache=True, fastmath=_SAFE)
+@njit(parallel=True, cache=True, fastmath=SAFE)
 def _causal_softmax_backward(weights, tokens, scale, window, d):
     for i in prange(d.shape[0]):
         t = d.shape[1] - tokens + i % tokens
@@ -252,7 +260,7 @@ def _causal_softmax_backward(weights, tokens, scale, window, d):
         for j in range(len(p)):
             g[j] = p[j] * (g[j] - dot) * scale
         d[i, :first] = 0
-        _narrow(g, d[i, first : t + 1])
+        narrow(g, d[i, first : t + 1])
         d[i, t + 1 :] = 0
 
 

@@ -1,4 +1,4 @@
-"""What the compiled kernels share: as many threads as torch uses, and torch's rounding to bfloat16."""
+"""What the compiled kernels share: as many threads as torch uses, addresses, and torch's rounding to bfloat16."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def on_torch_threads(kernel: Callable[..., None], *arguments: Any) -> None:
     kernel(*arguments)
     if torch.get_num_threads() != threads:  # numba's first call sets OpenMP's number for torch too
         torch.set_num_threads(threads)
+
+
+@njit(inline="always")
+def address(x, row, column):
+    """Where a number of a contiguous array of two dimensions stands."""
+    return x.ctypes.data + x.itemsize * (row * x.shape[1] + column)
 
 
 @njit(inline="always")

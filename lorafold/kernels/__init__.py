@@ -1,0 +1,1 @@
+"""What a CPU runs: compiled loops, each beside its torch oracle; nothing of ours is imported here."""

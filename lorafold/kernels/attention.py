@@ -1,0 +1,328 @@
+"""Causal attention over the segments of a pack with matrix tiles: rotary embedding, scores, softmax, sums in one pass.
+
+A thread takes a segment and a key head at a time and keeps what it needs in its cache. No attention weights are kept
+for the backward pass, which computes them again (as arXiv 2205.14135 does).
+"""
+
+# T tokens, H query heads, K key heads, D head width; a path is a segment after its ancestors, of N tokens rounded up
+# to 32; bfloat16 is uint16 here; `at` is the address of memory that is still free
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from lorafold.kernels import block
+from lorafold.kernels.compiled import address, on_torch_threads
+from lorafold.kernels.rows import clear, copy, rotate_floats, rotate_words, softmax_backward_row, softmax_row
+from lorafold.kernels.tiles import (
+    SETTINGS,
+    configure,
+    lay,
+    panel,
+    release,
+    round_pair,
+    round_row,
+    supported,
+    turn,
+    workspace,
+)
+
+
+@njit(inline="always")
+def _up(n):
+    return (n + 31) // 32 * 32
+
+
+@njit(cache=True)
+def _path(segment, pack):
+    """The segments of a path, and their tokens."""
+    _starts, lengths, path_at, paths = pack
+    path, tokens = paths[path_at[segment] : path_at[segment + 1]], 0
+    for s in path:
+        tokens += lengths[s]
+    return path, tokens
+
+
+@njit(cache=True)
+def _rotated(x, token, column, tables, out):
+    """The head that begins at a column of x, rotated, goes to an address."""
+    cos, sin, _back = tables
+    rotate_words(address(x, token, column), address(cos, token, 0), address(sin, token, 0), cos.shape[1], out)
+
+
+@njit(cache=True)
+def _rotated_back(sums, token, column, tables, out):
+    """A row of float32 sums, rotated back, goes to a head of a token."""
+    cos, _sin, back = tables
+    target = address(out, token, column)
+    rotate_floats(sums, address(cos, token, 0), address(back, token, 0), cos.shape[1], target)
+
+
+@njit(cache=True)
+def _gather(path, pack, column, k, v, tables, keys, values, size):
+    """Rotated keys and the values of a path's tokens, zeros after them: bfloat16 [size, D] at two addresses."""
+    starts, lengths, bytes_ = pack[0], pack[1], 2 * tables[0].shape[1]
+    n = 0
+    for s in path:
+        for token in range(starts[s], starts[s] + lengths[s]):
+            _rotated(k, token, column, tables, keys + bytes_ * n)
+            copy(address(v, token, column), bytes_, values + bytes_ * n)
+            n += 1
+    clear(keys + bytes_ * n, bytes_ * (size - n))
+    clear(values + bytes_ * n, bytes_ * (size - n))
+
+
+@njit(cache=True)
+def _lay_all(source, rows, width, transposed, out):
+    """Lay out bfloat16 [rows, width], where the width is summed (`transposed`: 32 rows a panel) or the rows are."""
+    k, panels = (width, rows // 32) if transposed else (rows, width // 32)
+    for j in range(panels):
+        lay(source, 2 * width, transposed, j, k, out + 64 * k * j)
+
+
+@njit(cache=True)
+def _scores(rows, width, laid, panels, sums, across):
+    """32 rows [32, D] times `panels` panels of 32 keys: float32 sums, `across` bytes from row to row."""
+    for j in range(panels):
+        panel(rows, 2 * width, laid + 64 * width * j, width // 32, sums + 128 * j, across)
+
+
+@njit(cache=True)
+def _mix(weights, stride, laid, steps, depth, width, sums):
+    """32 rows of weights, 32 * `steps` long, times values laid out by rows of `depth`: float32 [32, D]."""
+    for d in range(width // 32):
+        panel(weights, stride, laid + 64 * depth * d, steps, sums + 128 * d, 4 * width)
+
+
+@njit(cache=True)
+def _round(source, length, out):
+    """So many numbers at an address become bfloat16 at another."""
+    for j in range(length // 32):
+        round_row(source + 128 * j, out + 64 * j)
+
+
+@njit(cache=True)
+def _attend(segment, head, q, k, v, tables, pack, scale, window, at, out):
+    """The outputs of one segment and the query heads of one key head."""
+    path, tokens = _path(segment, pack)
+    width, group, size = tables[0].shape[1], q.shape[1] // k.shape[1], _up(tokens)
+    start, own = pack[0][segment], pack[1][segment]
+    step = 2 * size * width
+    keys, values, laid_keys, laid_values = at, at + step, at + 2 * step, at + 3 * step
+    queries = at + 4 * step
+    scores = queries + 64 * width
+    weights = scores + 128 * size
+    sums = weights + 64 * size
+    _gather(path, pack, head * width, k, v, tables, keys, values, size)
+    _lay_all(keys, size, width, True, laid_keys)
+    _lay_all(values, size, width, False, laid_values)
+    for h in range(head * group, (head + 1) * group):
+        for i in range(0, own, 32):
+            rows, first = min(32, own - i), tokens - own + i
+            seen = min(size, _up(first + 32))
+            for r in range(rows):
+                _rotated(q, start + i + r, h * width, tables, queries + 2 * width * r)
+            clear(queries + 2 * width * rows, 2 * width * (32 - rows))
+            _scores(queries, width, laid_keys, seen // 32, scores, 4 * size)
+            for r in range(rows):
+                row = scores + 4 * size * r
+                softmax_row(row, seen, max(0, first + r + 1 - window), first + r, scale)
+                _round(row, seen, weights + 2 * size * r)
+            _mix(weights, 2 * size, laid_values, seen // 32, size, width, sums)
+            for r in range(rows):
+                _round(sums + 4 * width * r, width, address(out, start + i + r, h * width))
+
+
+@njit(parallel=True, cache=True)
+def _forward(q, k, v, tables, pack, tasks, scale, window, rooms, settings, out):
+    threads = rooms.shape[0]
+    for thread in prange(threads):
+        configure(settings)
+        for task in range(thread, len(tasks), threads):
+            room = rooms[thread].ctypes.data
+            _attend(tasks[task, 0], tasks[task, 1], q, k, v, tables, pack, scale, window, room, out)
+        release()
+
+
+@njit(cache=True)
+def _put_transposed(source, across, spare, out, stride):
+    """32 x 32 float32 numbers at an address, rows and columns exchanged, become bfloat16 at another."""
+    for a in range(2):
+        for b in range(2):
+            turn(source + 16 * a * across + 64 * b, across, spare + 1024 * (2 * a + b))
+    for b in range(2):  # a quarter is 16 columns of the block (b) by 16 of its rows (a)
+        for r in range(16):
+            quarter = spare + 1024 * b + 64 * r
+            round_pair(quarter, quarter + 2048, out + stride * (16 * b + r))
+
+
+@njit(cache=True)
+def _attend_backward(
+    segment, head, q, k, v, dy, tables, pack, spills, scale, window, at, dq, dk, dv, dk_spilled, dv_spilled
+):
+    """The gradients of one segment's queries, and its share in those of the keys and values of its path."""
+    path, tokens = _path(segment, pack)
+    width, group, size = tables[0].shape[1], q.shape[1] // k.shape[1], _up(tokens)
+    start, own = pack[0][segment], pack[1][segment]
+    many = group * _up(own)  # the queries of all heads of this key head, one head after the other
+    step, tall = 2 * size * width, 2 * many * width
+    keys, values, turned_keys, turned_values, laid_keys = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step
+    at += 5 * step
+    queries, given, laid_queries, laid_given = at, at + tall, at + 2 * tall, at + 3 * tall
+    at += 4 * tall
+    p_turned, d_turned = at, at + 2 * size * many  # weights and gradients of scores, bfloat16 [size, many]
+    at += 4 * size * many
+    p, d, d_words = at, at + 128 * size, at + 256 * size
+    at += 320 * size
+    sums, other, spare = at, at + 128 * width, at + 256 * width
+    _gather(path, pack, head * width, k, v, tables, keys, values, size)
+    _lay_all(keys, size, width, True, turned_keys)
+    _lay_all(values, size, width, True, turned_values)
+    _lay_all(keys, size, width, False, laid_keys)
+    for h in range(group):
+        column = (head * group + h) * width
+        for i in range(0, own, 32):
+            rows, first, base = min(32, own - i), tokens - own + i, h * _up(own) + i
+            seen = min(size, _up(first + 32))
+            q_rows, dy_rows = queries + 2 * width * base, given + 2 * width * base
+            for r in range(rows):
+                _rotated(q, start + i + r, column, tables, q_rows + 2 * width * r)
+                copy(address(dy, start + i + r, column), 2 * width, dy_rows + 2 * width * r)
+            clear(q_rows + 2 * width * rows, 2 * width * (32 - rows))
+            clear(dy_rows + 2 * width * rows, 2 * width * (32 - rows))
+            _scores(q_rows, width, turned_keys, seen // 32, p, 4 * size)
+            _scores(dy_rows, width, turned_values, seen // 32, d, 4 * size)
+            for r in range(rows):
+                p_row, d_row = p + 4 * size * r, d + 4 * size * r
+                softmax_row(p_row, seen, max(0, first + r + 1 - window), first + r, scale)
+                softmax_backward_row(p_row, d_row, seen, scale)
+                _round(d_row, seen, d_words + 2 * size * r)
+            clear(p + 4 * size * rows, 4 * size * (32 - rows))
+            clear(d + 4 * size * rows, 4 * size * (32 - rows))
+            _mix(d_words, 2 * size, laid_keys, seen // 32, size, width, sums)
+            for r in range(rows):
+                _rotated_back(sums + 4 * width * r, start + i + r, column, tables, dq)
+            for j in range(0, seen, 32):
+                _put_transposed(p + 4 * j, 4 * size, spare, p_turned + 2 * (j * many + base), 2 * many)
+                _put_transposed(d + 4 * j, 4 * size, spare, d_turned + 2 * (j * many + base), 2 * many)
+            for j in range(seen, size):
+                clear(p_turned + 2 * (j * many + base), 64)
+                clear(d_turned + 2 * (j * many + base), 64)
+    _lay_all(queries, many, width, False, laid_queries)
+    _lay_all(given, many, width, False, laid_given)
+    (shared, spill_at), n, column = spills, 0, head * width
+    spilled = spill_at[segment]
+    for s in path:
+        for token in range(pack[0][s], pack[0][s] + pack[1][s]):
+            if n % 32 == 0:
+                _mix(d_turned + 2 * many * n, 2 * many, laid_queries, many // 32, many, width, sums)
+                _mix(p_turned + 2 * many * n, 2 * many, laid_given, many // 32, many, width, other)
+            key, value = sums + 4 * width * (n % 32), other + 4 * width * (n % 32)
+            if shared[s]:
+                copy(key, 4 * width, address(dk_spilled, spilled, column))
+                copy(value, 4 * width, address(dv_spilled, spilled, column))
+                spilled += 1
+            else:
+                _rotated_back(key, token, column, tables, dk)
+                _round(value, width, address(dv, token, column))
+            n += 1
+
+
+@njit(parallel=True, cache=True)
+def _backward(
+    q, k, v, dy, tables, pack, tasks, spills, scale, window, rooms, settings, dq, dk, dv, dk_spilled, dv_spilled
+):
+    threads = rooms.shape[0]
+    for thread in prange(threads):
+        configure(settings)
+        for task in range(thread, len(tasks), threads):
+            given = (tables, pack, spills, scale, window, rooms[thread].ctypes.data)
+            results = (dq, dk, dv, dk_spilled, dv_spilled)
+            _attend_backward(tasks[task, 0], tasks[task, 1], q, k, v, dy, *given, *results)
+        release()
+
+
+class Layout:
+    """The segments of a pack as the kernels read them.
+
+    Args:
+        segments: lengths of the segments.
+        paths: for each segment its ancestors, the oldest first, and itself.
+        key_heads: K.
+    """
+
+    def __init__(self, segments: list[int], paths: list[list[int]], key_heads: int):
+        lengths = np.array(segments, np.int64)
+        starts = np.cumsum(lengths) - lengths
+        path_at = np.cumsum([0, *map(len, paths)])
+        self.pack = (starts, lengths, path_at, np.array([i for path in paths for i in path], np.int64))
+        seen = [sum(segments[i] for i in path) for path in paths]
+        largest_first = sorted(range(len(paths)), key=lambda i: -segments[i] * seen[i])
+        self.tasks = np.array([(i, head) for i in largest_first for head in range(key_heads)], np.int64)
+        self.longest_path, self.longest = (-(-max(counts) // 32) * 32 for counts in (seen, segments))
+        # keys and values of ancestors get gradients from several segments: all shares are listed, to be summed
+        shared, spill_at, tokens = np.zeros(len(paths), np.int64), np.zeros(len(paths), np.int64), []
+        shared[[i for path in paths for i in path[:-1]]] = 1
+        for i, path in enumerate(paths):
+            spill_at[i] = len(tokens)
+            tokens += [t for s in path if shared[s] for t in range(starts[s], starts[s] + segments[s])]
+        self.spills = (shared, spill_at)
+        self.spilled = torch.tensor(tokens, dtype=torch.int64)
+        self.shared_tokens = self.spilled.unique()
+
+
+def usable(q: Tensor, width: int) -> bool:
+    """Whether the kernels cover these projections and heads."""
+    return block.usable(q) and width % 32 == 0 and supported()
+
+
+def _raw(x: Tensor) -> np.ndarray:
+    return x.detach().view(torch.uint16).numpy()
+
+
+def _tables(cos: Tensor, sin: Tensor) -> tuple[np.ndarray, ...]:
+    """What a rotation multiplies with, and its transpose."""
+    cos, sin = cos.float(), sin.float()
+    return cos.contiguous().numpy(), sin.contiguous().numpy(), -sin.roll(sin.shape[1] // 2, dims=-1).numpy()
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int
+) -> Tensor:
+    """Attention of q [T, H * D] over k and v [T, K * D] -> [T, H * D]; cos and sin [T, D]."""
+    out, size, width = torch.empty_like(q), layout.longest_path, cos.shape[1]
+    rooms = workspace(2 * size * width + 48 * (size + width))
+    given = (_raw(q), _raw(k), _raw(v), _tables(cos, sin), layout.pack, layout.tasks, np.float32(scale), window)
+    on_torch_threads(_forward, *given, rooms, SETTINGS.ctypes.data, _raw(out))
+    return out
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int,
+    dy: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `forward` with respect to q, k and v for dy [T, H * D]."""
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    size, width, many = layout.longest_path, cos.shape[1], q.shape[1] // k.shape[1] * layout.longest
+    rooms = workspace(5 * size * width // 2 + 2 * many * width + size * many + 80 * size + 64 * width + 1024)
+    spilled = [torch.empty(len(layout.spilled), k.shape[1]) for _ in range(2)]
+    given = (_raw(q), _raw(k), _raw(v), _raw(dy), _tables(cos, sin), layout.pack, layout.tasks, layout.spills)
+    results = (_raw(dq), _raw(dk), _raw(dv), *(x.numpy() for x in spilled))
+    on_torch_threads(_backward, *given, np.float32(scale), window, rooms, SETTINGS.ctypes.data, *results)
+    if len(tokens := layout.shared_tokens):
+        keys, values = (torch.zeros(k.shape).index_add_(0, layout.spilled, parts)[tokens] for parts in spilled)
+        heads, c, s = keys.view(len(keys), -1, width), cos[tokens, None].float(), sin[tokens, None].float()
+        low, high = (heads * s).chunk(2, -1)
+        dk[tokens] = (heads * c + torch.cat([high, -low], -1)).flatten(1).to(dk.dtype)
+        dv[tokens] = values.to(dv.dtype)
+    return dq, dk, dv

@@ -1,0 +1,253 @@
+"""Passes over one row of numbers, for the loops of numba kernels: bfloat16 where a row is words, float32 between.
+
+Everything takes addresses; lengths are multiples of 16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from lorafold.kernels.lanes import (
+    BITS,
+    FLOATS,
+    INT,
+    LOG2E,
+    LONG,
+    Lanes,
+    State,
+    everywhere,
+    intrinsic,
+    load,
+    load_words,
+    place,
+    store,
+    store_words,
+    vectors,
+)
+
+
+@intrinsic
+def softmax_row(typing_context, row, length, first, last, scale):  # noqa: ARG001 (numba's protocol)
+    """Scores become softmax(scale * score) over the places from `first` to `last`, in place; 0 elsewhere.
+
+    All weights are not numbers if a score that is seen is none, or infinite.
+    """
+
+    def generate(_context, builder, _signature, arguments):
+        row, length, first, last, scale = arguments
+        lane = ir.Constant(BITS, list(range(16)))
+        low, high = (everywhere(builder, builder.trunc(x, INT)).value for x in (first, last))
+        highest, total, undefined = (State(builder, x) for x in (float("-inf"), 0.0, 0.0))
+
+        def seen(index: Any) -> Any:
+            number = builder.add(everywhere(builder, builder.trunc(builder.shl(index, LONG(4)), INT)).value, lane)
+            after, before = builder.icmp_signed(">=", number, low), builder.icmp_signed("<=", number, high)
+            return builder.and_(after, before)
+
+        with vectors(builder, length) as i:
+            x, mask = load(builder, row, i), seen(i)
+            highest.set(highest.get().larger(x.where(mask, float("-inf"))))
+            undefined.set(undefined.get() + x.where(mask, 0.0) * 0.0)
+        largest = highest.get().over_lanes(Lanes.larger)
+        factor = everywhere(builder, scale) * LOG2E
+        with vectors(builder, length) as i:
+            e = ((load(builder, row, i) - largest) * factor).exp2().where(seen(i), 0.0)
+            total.set(total.get() + e)
+            store(builder, e, row, i)
+        inverse = (1.0 / total.get().sum()) + undefined.get().sum()
+        with vectors(builder, length) as i:
+            store(builder, load(builder, row, i) * inverse, row, i)
+
+    return types.void(types.intp, types.intp, types.intp, types.intp, types.float32), generate
+
+
+@intrinsic
+def softmax_backward_row(typing_context, weights, d, length, scale):  # noqa: ARG001 (numba's protocol)
+    """The gradient of the weights becomes that of the scores, in place in `d`."""
+
+    def generate(_context, builder, _signature, arguments):
+        weights, d, length, scale = arguments
+        dot = State(builder, 0.0)
+        with vectors(builder, length) as i:
+            dot.set(dot.get() + load(builder, weights, i) * load(builder, d, i))
+        mean, factor = dot.get().sum(), everywhere(builder, scale)
+        with vectors(builder, length) as i:
+            store(builder, load(builder, weights, i) * (load(builder, d, i) - mean) * factor, d, i)
+
+    return types.void(types.intp, types.intp, types.intp, types.float32), generate
+
+
+def _rotation(from_words: bool) -> Any:
+    """rotate(row, cos, sin, width, out): the rotary embedding of a row of bfloat16 or float32 numbers, to bfloat16."""
+
+    @intrinsic
+    def rotate(typing_context, row, cos, sin, width, out):  # noqa: ARG001 (numba's protocol)
+        def generate(_context, builder, _signature, arguments):
+            row, cos, sin, width, out = arguments
+            half = builder.lshr(width, LONG(5))  # in vectors
+            take = load_words if from_words else load
+            with cgutils.for_range(builder, half) as loop:
+                i, j = loop.index, builder.add(loop.index, half)
+                x, y = take(builder, row, i), take(builder, row, j)
+                c, s = ([load(builder, table, at) for at in (i, j)] for table in (cos, sin))
+                store_words(builder, x * c[0] - y * s[0], out, i)
+                store_words(builder, y * c[1] + x * s[1], out, j)
+
+        return types.void(*[types.intp] * 5), generate
+
+    return rotate
+
+
+rotate_words, rotate_floats = _rotation(True), _rotation(False)
+
+
+@intrinsic
+def clear(typing_context, address, size):  # noqa: ARG001 (numba's protocol)
+    """So many bytes become 0, a multiple of 64."""
+
+    def generate(_context, builder, _signature, arguments):
+        address, size = arguments
+        nothing = Lanes(builder, ir.Constant(FLOATS, [0.0] * 16))
+        with vectors(builder, builder.lshr(size, LONG(2))) as i:
+            store(builder, nothing, address, i)
+
+    return types.void(types.intp, types.intp), generate
+
+
+@intrinsic
+def copy(typing_context, source, size, out):  # noqa: ARG001 (numba's protocol)
+    """So many bytes, a multiple of 64, go elsewhere."""
+
+    def generate(_context, builder, _signature, arguments):
+        source, size, out = arguments
+        with vectors(builder, builder.lshr(size, LONG(2))) as i:
+            value = builder.load(place(builder, source, i, 64, FLOATS), align=2)
+            builder.store(value, place(builder, out, i, 64, FLOATS), align=2)
+
+    return types.void(types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
+def swiglu_row(typing_context, gate, up, length, out):  # noqa: ARG001 (numba's protocol)
+    """silu(gate) * up of words."""
+
+    def generate(_context, builder, _signature, arguments):
+        gate, up, length, out = arguments
+        with vectors(builder, length) as i:
+            g = load_words(builder, gate, i)
+            store_words(builder, g * g.sigmoid() * load_words(builder, up, i), out, i)
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@intrinsic
+def swiglu_backward_row(typing_context, gate, up, dy, length, d_gate, d_up):  # noqa: ARG001 (numba's protocol)
+    """The gradients of silu(gate) * up, of words."""
+
+    def generate(_context, builder, _signature, arguments):
+        gate, up, dy, length, d_gate, d_up = arguments
+        with vectors(builder, length) as i:
+            g, u, d = (load_words(builder, x, i) for x in (gate, up, dy))
+            s = g.sigmoid()
+            store_words(builder, d * u * s * (g * (s * -1.0 + 1.0) + 1.0), d_gate, i)
+            store_words(builder, d * g * s, d_up, i)
+
+    return types.void(*[types.intp] * 6), generate
+
+
+@intrinsic
+def rms_norm_row(typing_context, x, weight, length, eps, out, rstd):  # noqa: ARG001 (numba's protocol)
+    """weight * x / rms(x) of words, with the float32 weight; 1 / rms(x) goes to its own place.
+
+    x / rms(x) is rounded before it is multiplied, as transformers does.
+    """
+
+    def generate(_context, builder, _signature, arguments):
+        x, weight, length, eps, out, rstd = arguments
+        squares = State(builder, 0.0)
+        with vectors(builder, length) as i:
+            value = load_words(builder, x, i)
+            squares.set(squares.get() + value * value)
+        count = everywhere(builder, builder.sitofp(length, ir.FloatType()))
+        inverse = 1.0 / (squares.get().sum() / count + everywhere(builder, eps)).sqrt()
+        number = builder.extract_element(inverse.value, INT(0))
+        builder.store(number, builder.inttoptr(rstd, ir.FloatType().as_pointer()))
+        with vectors(builder, length) as i:
+            store_words(builder, (load_words(builder, x, i) * inverse).rounded() * load(builder, weight, i), out, i)
+
+    return types.void(types.intp, types.intp, types.intp, types.float32, types.intp, types.intp), generate
+
+
+@intrinsic
+def rms_norm_backward_row(typing_context, x, weight, rstd, dy, length, dx):  # noqa: ARG001 (numba's protocol)
+    """rstd (G - Xhat mean(G Xhat)) with G = dY weight and Xhat = X rstd, of words."""
+
+    def generate(_context, builder, _signature, arguments):
+        x, weight, rstd, dy, length, dx = arguments
+        inverse, dot = everywhere(builder, rstd), State(builder, 0.0)
+        with vectors(builder, length) as i:
+            g = load_words(builder, dy, i) * load(builder, weight, i)
+            dot.set(dot.get() + g * load_words(builder, x, i) * inverse)
+        mean = dot.get().sum() / everywhere(builder, builder.sitofp(length, ir.FloatType()))
+        with vectors(builder, length) as i:
+            g = load_words(builder, dy, i) * load(builder, weight, i)
+            store_words(builder, (g - load_words(builder, x, i) * inverse * mean) * inverse, dx, i)
+
+    return types.void(types.intp, types.intp, types.float32, *[types.intp] * 3), generate
+
+
+@intrinsic
+def logits_row(typing_context, logits, length, largest):  # noqa: ARG001 (numba's protocol)
+    """The largest of some words, and the sum of exp(word - largest): two float32 numbers side by side."""
+
+    def generate(_context, builder, _signature, arguments):
+        logits, length, largest = arguments
+        highest, total = State(builder, float("-inf")), State(builder, 0.0)
+        with vectors(builder, length) as i:
+            highest.set(highest.get().larger(load_words(builder, logits, i)))
+        top = highest.get().over_lanes(Lanes.larger)
+        with vectors(builder, length) as i:
+            total.set(total.get() + ((load_words(builder, logits, i) - top) * LOG2E).exp2())
+        for n, lanes in enumerate((top, total.get().sum())):
+            number = builder.extract_element(lanes.value, INT(0))
+            builder.store(number, builder.inttoptr(builder.add(largest, LONG(4 * n)), ir.FloatType().as_pointer()))
+
+    return types.void(*[types.intp] * 3), generate
+
+
+@intrinsic
+def probabilities_row(typing_context, logits, length, largest, total):  # noqa: ARG001 (numba's protocol)
+    """exp(word - largest) / total, in place."""
+
+    def generate(_context, builder, _signature, arguments):
+        logits, length, largest, total = arguments
+        top, inverse = everywhere(builder, largest), 1.0 / everywhere(builder, total)
+        with vectors(builder, length) as i:
+            e = ((load_words(builder, logits, i) - top) * LOG2E).exp2()
+            store_words(builder, e * inverse, logits, i)
+
+    return types.void(types.intp, types.intp, types.float32, types.float32), generate
+
+
+@intrinsic
+def pool_row(typing_context, x, length, group, out):  # noqa: ARG001 (numba's protocol)
+    """The sums of each `group` words that follow one another, as words."""
+
+    def generate(_context, builder, _signature, arguments):
+        x, length, group, out = arguments
+        kind = ir.IntType(16)
+        size = builder.lshr(group, LONG(4))
+        with cgutils.for_range(builder, builder.udiv(length, group)) as outer:
+            total = State(builder, 0.0)
+            builder.store(ir.Constant(FLOATS, [0.0] * 16), total.place)
+            with cgutils.for_range(builder, size) as inner:
+                at = builder.add(builder.mul(outer.index, size), inner.index)
+                total.set(total.get() + load_words(builder, x, at))
+            word = builder.extract_element(total.get().sum().round(), INT(0))
+            builder.store(word, place(builder, out, outer.index, 2, kind))
+
+    return types.void(*[types.intp] * 4), generate
