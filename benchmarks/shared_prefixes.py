@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 
 from lorafold.adapters.inject import group_parameters_once, inject
-from lorafold.config import AdapterSpec, TrainingConfig
+from lorafold.config import AdapterSpec
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.rows import Example
 from lorafold.data.templates import render_prompt
 from lorafold.data.tokens import Tokens, tokenize
-from lorafold.evals.loss import ALIGN, SHARED, pack_loss
+from lorafold.evals.loss import SHARED, WHOLE, pack_loss
 from lorafold.models.load import LoadedModel, compute_dtype, load
+from lorafold.train.loop import MICRO_BATCH_TOKENS
 
 STEP_ROWS, STEPS = 8, 6
 PRODUCT = "Create a detailed description for the following product: {name}, belonging to category: {style}"
@@ -61,8 +62,8 @@ def step_seconds(loaded: LoadedModel, rows: Sequence[Tokens], shared: int | None
     began, total, tokens = time.perf_counter(), 0.0, 0
     ordered = sorted(rows, key=lambda row: row.ids) if shared is not None else list(rows)
     with group_parameters_once(loaded.model):
-        for group in micro_batches(ordered, TrainingConfig().micro_batch_tokens, ALIGN, shared):
-            batch = pack(group, ALIGN, shared)
+        for group in micro_batches(ordered, MICRO_BATCH_TOKENS, loaded.row_align, shared):
+            batch = pack(group, loaded.row_align, shared, WHOLE)
             loss = pack_loss(loaded, batch)
             loss.backward()
             total, tokens = total + float(loss.detach()), tokens + len(batch.ids)

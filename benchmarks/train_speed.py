@@ -8,6 +8,10 @@ peak resident set of the process. All take the same rows in the same order, so t
 median of the ratios step by step, which one slow step on a shared machine does not move. LoraFold trains on the
 packed Q4_1 file, TRL on the same weights made dense by transformers. The losses of the first step must agree, or
 nothing is reported.
+
+The share of the matrix-product rate is that of the necessary arithmetic: 4 operations for each adapted weight and token
+computed (what rows share counted once), 4 for each weight of the head and supervised token; the rate is torch's best
+of 20 bfloat16 products of 2,048 x 2,048 matrices. Where the time goes is a profile of QA-LoRA's last steps.
 """
 
 from __future__ import annotations
@@ -23,11 +27,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 STEP_ROWS = 8
 SAME_LOSS = 0.02  # bf16 on both sides, and TRL keeps its norms and adapters in float32
+PROFILED = 4  # steps
+PARTS = {
+    "base weights: decoding and products": ("_PackedMatmul", "_PackedMatmulBackward"),
+    "head, adapters: products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention": ("_TileAttention", "_TileAttentionBackward", "_PackAttention", "_PackAttentionBackward"),
+    "gated activation": ("_SwiGLU", "_SwiGLUBackward"),
+    "norms": ("_RMSNormFunction", "_RMSNormFunctionBackward"),
+    "loss": ("_FrozenHeadLoss", "_FrozenHeadLossBackward"),
+    "sums": ("aten::add", "aten::add_"),
+    "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::clone"),
+    "optimizer": ("Optimizer.step#AdamW.step", "aten::_foreach_mul_", "aten::_foreach_addcdiv_"),
+}
 CONTENDERS = {
     "lorafold qa-lora": {"method": "qa-lora"},
     "lorafold lora": {"method": "lora"},
@@ -50,8 +67,9 @@ def run_lorafold(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[st
     """Train with LoraFold; returns seconds and losses per step."""
     import torch
 
-    from lorafold.adapters.inject import inject
+    from lorafold.adapters.inject import inject, linear_layers
     from lorafold.config import AdapterSpec, TrainingConfig
+    from lorafold.data.packs import pack
     from lorafold.data.rows import Example
     from lorafold.data.tokens import tokenize
     from lorafold.models.load import compute_dtype, load
@@ -61,17 +79,52 @@ def run_lorafold(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[st
     examples = [Example(i, "prompt", prompt=r["prompt"], completion=r["completion"]) for i, r in enumerate(rows)]
     tokens = tokenize(examples, loaded.tokenizer, template="raw").rows
     torch.manual_seed(0)
-    trainable = inject(loaded.model, AdapterSpec(method=options["method"], r=8)).trainable
+    injection = inject(loaded.model, AdapterSpec(method=options["method"], r=8))
+    layers, head = linear_layers(loaded.model), loaded.model.get_output_embeddings()
+    adapted = sum(layers[name].in_features * layers[name].out_features for name in injection.modules)
     in_order = iter([list(range(i, i + STEP_ROWS)) for i in range(0, len(rows), STEP_ROWS)])
     loop.epoch_batches = lambda *_: in_order  # the peer's order, so that the first losses can be compared
     config = TrainingConfig(learning_rate=1e-4, lr_scheduler_type="constant", warmup_ratio=0)
-    steps = list(loop.train_steps(loaded, tokens, config))
+    running = loop.train_steps(loaded, tokens, config)
+    steps = [next(running) for _ in range(len(rows) // STEP_ROWS - (PROFILED if options.get("profile") else 0))]
+    parts = profile(running) if options.get("profile") else {}
+    wide = head.in_features * head.out_features
+    batches = [tokens[i : i + STEP_ROWS] for i in range(0, len(tokens), STEP_ROWS)]
+    computed = [len(pack(batch, 1, TrainingConfig.shared_prefix_tokens).ids) for batch in batches]
     return {
         "seconds": [step.seconds for step in steps],
         "losses": [step.loss for step in steps],
-        "tokens": sum(step.tokens for step in steps),
-        "trainable": trainable,
+        "operations": [4 * adapted * n + 4 * wide * step.supervised for n, step in zip(computed, steps, strict=False)],
+        "trainable": injection.trainable,
+        "parts": parts,
     }
+
+
+def profile(running: Iterator[Any]) -> dict[str, float]:
+    """Seconds by part of the last steps, from the times that torch's profiler gives operations themselves."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CPU]) as recorded:
+        list(running)
+    parts: dict[str, float] = {}
+    for event in recorded.key_averages():
+        part = next((part for part, names in PARTS.items() if event.key in names), "everything else")
+        parts[part] = parts.get(part, 0.0) + event.self_cpu_time_total / 1e6
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def matmul_rate() -> float:
+    """Operations per second of torch's bfloat16 matrix product, 2,048 cubed, the best of 20."""
+    import torch
+
+    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(seconds)
 
 
 def run_trl(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[str, Any]:
@@ -136,9 +189,11 @@ def run_trl(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[str, An
     }
 
 
-def child(name: str, rows_file: Path, out: Path) -> None:
+def child(name: str, rows_file: Path, out: Path, profile: bool) -> None:
     """One contender, in its own process."""
     rows, options = json.loads(rows_file.read_text()), dict(CONTENDERS[name])
+    if profile:
+        options["profile"] = True
     result = run_lorafold(rows, options) if name.startswith("lorafold") else run_trl(rows, options)
     later = result["seconds"][1:]
     result["samples_per_second"] = STEP_ROWS * len(later) / sum(later)
@@ -146,18 +201,23 @@ def child(name: str, rows_file: Path, out: Path) -> None:
     out.write_text(json.dumps(result))
 
 
+def run_child(name: str, args: argparse.Namespace, profile: bool = False) -> dict[str, Any]:
+    """One contender in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows_file, out = Path(folder) / "rows.json", Path(folder) / "out.json"
+        rows_file.write_text(json.dumps(read_rows(args.data, args.rows)))
+        command = [sys.executable, __file__, "--child", name, "--rows-file", str(rows_file), "--out", str(out)]
+        command += ["--profile"] if profile else []
+        subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        return json.loads(out.read_text())
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run the contenders in turn."""
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        rows_file = Path(folder) / "rows.json"
-        rows_file.write_text(json.dumps(read_rows(args.data, args.rows)))
-        for name in args.contenders:
-            out = Path(folder) / "out.json"
-            command = [sys.executable, __file__, "--child", name, "--rows-file", str(rows_file), "--out", str(out)]
-            subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-            results[name] = json.loads(out.read_text())
-            print(f"{name}: {results[name]['samples_per_second']:.2f} samples/s", file=sys.stderr)
+    for name in args.contenders:
+        results[name] = run_child(name, args)
+        print(f"{name}: {results[name]['samples_per_second']:.2f} samples/s", file=sys.stderr)
     return results
 
 
@@ -169,11 +229,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rows-file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return child(args.child, args.rows_file, args.out)
+        return child(args.child, args.rows_file, args.out, args.profile)
     results = measure(args)
     first = {name: r["losses"][0] for name, r in results.items()}
     if max(first.values()) - min(first.values()) > SAME_LOSS:
@@ -186,11 +247,30 @@ def main() -> None:
             f"| {r['trainable']:,} |"
         )
     mine = [name for name in results if name.startswith("lorafold")]
+    rate = matmul_rate()
+    report |= {"matmul_rate": rate, "peak_memory_gb": max(results[name]["peak_memory_gb"] for name in mine)}
+    for name in mine:
+        later = list(zip(results[name]["operations"], results[name]["seconds"], strict=True))[1:]
+        share = sum(n for n, _ in later) / sum(t for _, t in later) / rate
+        report[f"share_of_matmul_rate, {name}"] = share
+        print(f"{name}: {share:.1%} of the matrix-product rate of {rate / 1e9:,.0f} GFLOP/s")
     for name, peer in itertools.product(mine, [name for name in results if name.startswith("trl")]):
         pairs = zip(results[name]["seconds"][1:], results[peer]["seconds"][1:], strict=True)
         ratio = statistics.median(theirs / ours for ours, theirs in pairs)
         report[f"{name} / {peer}"] = ratio
         print(f"{name} / {peer}: {ratio:.2f} times the samples per second")
+    summary = {
+        "ratio_trl_default": [report[key] for key in report if key.endswith("/ trl default")],
+        "ratio_trl_best": [report[key] for key in report if key.endswith("/ trl best")],
+        "share_of_matmul_rate": [report[key] for key in report if key.startswith("share_of_matmul_rate")],
+    }
+    report |= {key: min(values, default=None) for key, values in summary.items()}  # of the slower of both methods
+    if mine:
+        parts = run_child(mine[0], args, profile=True)["parts"]
+        report["parts"] = {part: seconds / sum(parts.values()) for part, seconds in parts.items()}
+        print("\n| part of a step | share |\n|---|---:|")
+        for part, share in report["parts"].items():
+            print(f"| {part} | {share:.1%} |")
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafold.errors import ConfigError, bullet_list, nearest
+from lorafold.files import parse_bytes
 
 Method = Literal["qa-lora", "lora"]
 FULL = "full"
@@ -211,7 +212,8 @@ class TrainingConfig:
         max_grad_norm: gradients are scaled down to this norm; 0 turns that off.
         eval_steps: evaluate every N steps as well as before and after.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
-        micro_batch_tokens: most tokens computed at once; smaller needs less memory and changes no result.
+        micro_batch_tokens: most tokens computed at once, 1,024 if not given; changes speed and memory, not the result.
+        memory: what the process (or GPU) may take, such as `2GB`; micro-batches and checkpointing are chosen to fit.
         shared_prefix_tokens: rows of a step that begin with so many equal tokens or more compute these once, which
             changes no result; 0 never. With dropout nothing is shared.
         dtype: of activations: `auto` is bfloat16 where the processor has it, else float32.
@@ -232,7 +234,8 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     eval_steps: int | None = None
     gradient_checkpointing: bool = False
-    micro_batch_tokens: int = 768
+    micro_batch_tokens: int | None = None
+    memory: str | None = None
     shared_prefix_tokens: int = 24
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -252,6 +255,8 @@ class TrainingConfig:
             "micro_batch_tokens",
             "sample_tokens",
         )
+        if self.memory is not None and self.memory_bytes is None:
+            faults.append(f"memory is {self.memory!r}; write a number and a unit, such as 2GB, 1.5GiB or 900MB")
         if not 0 <= self.warmup_ratio < 1:
             faults.append(f"warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)")
         if self.lr_scheduler_type not in ("linear", "cosine", "constant"):
@@ -268,6 +273,11 @@ class TrainingConfig:
         if self.device not in ("auto", "cpu", "cuda"):
             faults.append(f"device is {self.device!r}; auto, cpu and cuda are known")
         _raise(faults)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes; None where it is not given, or is no positive number with a unit."""
+        return parse_bytes(str(self.memory or ""))
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ ENGINES = {
     "mlx": "evals/mlx_lm.py",
     "mlx_lm": "evals/mlx_lm.py",
     "llvmlite": "kernels/lanes.py kernels/rows.py kernels/tiles.py quant/lookup.py",
-    "numba": "kernels/attention.py kernels/block.py kernels/compiled.py kernels/lanes.py kernels/rows.py "
-    "kernels/tiles.py quant/kernels.py quant/lookup.py quant/solver.py",
+    "numba": "kernels/attention.py kernels/block.py kernels/compiled.py kernels/lanes.py "
+    "kernels/products.py kernels/rows.py kernels/tiles.py quant/kernels.py quant/lookup.py quant/solver.py",
 }
 
 

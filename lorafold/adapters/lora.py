@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorafold.quant.linear import QuantLinear, frozen_weight
+from lorafold.quant.linear import QuantLinear, frozen_weight, multiply
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -22,7 +22,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, weight: Callable[[], Tensor]) -> Tensor:
         rows = x.flatten(0, -2)
         hidden = F.linear(rows, a.to(x.dtype))
-        y = F.linear(rows, weight())
+        y = multiply(rows, weight(), True)
         y.addmm_(hidden, b.to(x.dtype).t(), alpha=scaling)
         ctx.save_for_backward(x, hidden, a, b)
         ctx.scaling, ctx.weight = scaling, weight
@@ -36,7 +36,7 @@ class _LoRALinear(torch.autograd.Function):
         d_a, d_b = d_hidden.t() @ x.flatten(0, -2), (dy.t() @ hidden).float() * ctx.scaling
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ ctx.weight()).addmm_(d_hidden, a.to(dy.dtype)).view_as(x)
+            dx = multiply(dy, ctx.weight(), False).addmm_(d_hidden, a.to(dy.dtype)).view_as(x)
         return dx, d_a.float(), d_b, None, None
 
 

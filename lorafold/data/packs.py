@@ -73,19 +73,20 @@ class _Segment:
     parent: int
 
 
-def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None) -> Pack:
+def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None, whole: int | None = None) -> Pack:
     """Lay rows end to end; at least one row.
 
     Args:
-        align: lengthen the end of each row to a multiple of this with its last token, and the last one so that T is a
-            multiple of `4 * align`. What follows a row's end is seen by nothing before it and is never a target, so
-            this changes no result; it keeps the number of different matrix shapes small, for each of which a CPU's
-            matrix library compiles and keeps a kernel.
+        align: lengthen the end of each row to a multiple of this with its last token. What follows a row's end is seen
+            by nothing before it and is never a target, so this changes no result; it keeps the number of different
+            matrix shapes small, for each of which a CPU's matrix library compiles and keeps a kernel.
         shared: least number of tokens for which it pays to let rows share them; None shares nothing.
+        whole: lengthen the last row so that T is a multiple of this; of `4 * align` if that is more than 4.
     """
     assert rows
     tree, leaves, lengths = _lay_out(rows, align, shared)
-    lengths[-1] += _up(sum(lengths), 4 * align) - sum(lengths) if align > 1 else 0
+    total = sum(lengths)
+    lengths[-1] += _up(total, whole or (4 * align if align > 1 else 1)) - total
     starts = [0, *itertools.accumulate(lengths)]
     ids: list[int] = []
     for segment, length in zip(tree, lengths, strict=True):

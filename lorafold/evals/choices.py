@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens
-from lorafold.evals.loss import ALIGN, CHUNK, SHARED, hidden_states, logits_of
+from lorafold.evals.loss import CHUNK, SHARED, WHOLE, hidden_states, logits_of
 from lorafold.models.load import LoadedModel
 
 _TOGETHER = 16  # questions, whose rows share packs
@@ -21,8 +21,8 @@ def row_losses(loaded: LoadedModel, rows: Sequence[Tokens], max_tokens: int = 10
     head = loaded.model.get_output_embeddings()
     assert head is not None
     results: list[tuple[float, int]] = []
-    for group in micro_batches(rows, max_tokens, ALIGN, SHARED):
-        batch = pack(group, ALIGN, SHARED).to(loaded.device)
+    for group in micro_batches(rows, max_tokens, loaded.row_align, SHARED):
+        batch = pack(group, loaded.row_align, SHARED, WHOLE).to(loaded.device)
         hidden = hidden_states(loaded, batch)
         losses = torch.cat(
             [

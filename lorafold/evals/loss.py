@@ -9,7 +9,8 @@ as the loss, chunk by chunk, and the logits are gone before the next chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lorafold.kernels import block
 from lorafold.models.load import LoadedModel
 from lorafold.quant.linear import QuantLinear
 
-ALIGN = 16  # row lengths are rounded up to this, see `pack`
+WHOLE = 64  # the tokens of a pack are rounded up to this, see `pack`
 SHARED = TrainingConfig.shared_prefix_tokens  # tokens in common that stand once, see `pack`
 CHUNK = 256  # supervised positions whose logits exist at once: 256 x V x 2 bytes
 _FEW = 32  # the last chunk is filled up to a multiple of this: few shapes of matrices, see `pack`
@@ -80,13 +81,32 @@ def hidden_states(loaded: LoadedModel, batch: Pack) -> Tensor:
     return out.last_hidden_state[0].index_select(0, batch.target_at)
 
 
+@contextlib.contextmanager
+def head_once(loaded: LoadedModel) -> Iterator[None]:
+    """Inside, a packed head is decoded once, at its first use, and serves every pack."""
+    loaded.keeps_head = True
+    try:
+        yield
+    finally:
+        loaded.keeps_head, loaded.head_weight = False, None
+
+
+def _head_weight(loaded: LoadedModel, head: nn.Linear | QuantLinear) -> Tensor:
+    if isinstance(head, nn.Linear):
+        return head.weight
+    weight = head.packed.decode(loaded.dtype) if loaded.head_weight is None else loaded.head_weight
+    if loaded.keeps_head:
+        loaded.head_weight = weight
+    return weight
+
+
 def pack_loss(loaded: LoadedModel, batch: Pack) -> Tensor:
     """Sum of the cross-entropies (nats) of a pack's targets, differentiable."""
     model, head = loaded.model, loaded.model.get_output_embeddings()
     assert head is not None
     frozen = isinstance(head, nn.Linear | QuantLinear) and not any(p.requires_grad for p in head.parameters())
     if frozen and head.bias is None and not any(getattr(model.config, key, None) for key in _LOGIT_CHANGES):
-        weight = head.packed.decode(loaded.dtype) if isinstance(head, QuantLinear) else head.weight
+        weight = _head_weight(loaded, head)
         total: Tensor = _FrozenHeadLoss.apply(hidden_states(loaded, batch), weight, batch.targets)  # type: ignore[assignment]
         return total
     return _general_loss(model, head, hidden_states(loaded, batch), batch.targets)
@@ -128,10 +148,11 @@ def evaluate(
         shared: as in `pack`.
     """
     total, count = 0.0, 0
-    for group in micro_batches(rows, max_tokens, ALIGN, shared):
-        batch = pack(group, ALIGN, shared).to(loaded.device)
-        total += float(pack_loss(loaded, batch))
-        count += len(batch.targets)
-        if progress:
-            progress(len(group))
+    with head_once(loaded):
+        for group in micro_batches(rows, max_tokens, loaded.row_align, shared):
+            batch = pack(group, loaded.row_align, shared, WHOLE).to(loaded.device)
+            total += float(pack_loss(loaded, batch))
+            count += len(batch.targets)
+            if progress:
+                progress(len(group))
     return total / count

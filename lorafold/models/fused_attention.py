@@ -171,6 +171,15 @@ def attention_forward(
     return module.o_proj(out[None]), None  # type: ignore[index]
 
 
+def any_length(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether attention takes rows of any length without compiling and keeping something for each."""
+    config: Any = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    some = torch.empty(0, 32, dtype=dtype, device=next(model.parameters()).device)
+    kinds = {type(module).__name__ for module in model.modules()}
+    return tiled.usable(some, width) and not any(k.endswith("Attention") and k not in REPLACED for k in kinds)
+
+
 def replace_attention(model: nn.Module) -> None:
     """Give every attention module of transformers that computes the same this forward pass."""
     for module in model.modules():

@@ -22,7 +22,7 @@ from lorafold.errors import FormatError
 from lorafold.models import attention
 from lorafold.models.architectures import ROPE_FACTORS, Architecture, architecture_of, config_of
 from lorafold.models.bnb_folder import BnbFolder, is_bnb
-from lorafold.models.fused_attention import replace_attention
+from lorafold.models.fused_attention import any_length, replace_attention
 from lorafold.models.gated import replace_gated
 from lorafold.models.gguf_file import DENSE, GGUFFile
 from lorafold.models.layout import BAD_CONFIG, empty_parameters, from_packed, place
@@ -64,6 +64,8 @@ class LoadedModel:
         mlx: the mapped folder, for an MLX model.
         bnb: the mapped folder, for a model quantized by bitsandbytes.
         bindings: module name -> place in the file, for a GGUF model.
+        row_align: what the lengths of rows in a pack should be multiples of, see `pack`.
+        head_weight, keeps_head: the decoded head, while somebody asks for it again and again.
     """
 
     model: PreTrainedModel
@@ -74,6 +76,9 @@ class LoadedModel:
     mlx: MLXFolder | None = None
     bnb: BnbFolder | None = None
     bindings: dict[str, Binding] = field(default_factory=dict)
+    row_align: int = 16
+    head_weight: torch.Tensor | None = None
+    keeps_head: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -167,6 +172,7 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "c
             kind = loaded.model.config.model_type
             raise FormatError(f"{path}: the architecture {kind} cannot be trained here yet: {fault}")
     nn.Module.to(loaded.model, device)
+    loaded.row_align = 1 if any_length(loaded.model, dtype) else loaded.row_align
     return loaded
 
 

@@ -152,18 +152,24 @@ class Codec:
         dtype: torch.dtype = torch.float32,
         offset: Tensor | None = None,
         scale: Tensor | None = None,
+        room: Tensor | None = None,
     ) -> Tensor:
         """Dense [O, group G] in `dtype`; computed in float32 and rounded once. A kernel does it where one exists.
 
         Args:
             offset, scale: float32 [O, G], in place of the stored ones.
+            room: as many numbers in `dtype`, or more, that a kernel may use for the result.
         """
-        if scale is None and offset is None:
+        kernel = kernels.usable(self.name, blocks, dtype)
+        reads_scale = kernel and kernels.reads_scale(self.name, dtype)
+        if scale is None and offset is None and not reads_scale:
             scale, offset = self.parameters(blocks)
-        scale = self.scale(blocks) if scale is None else scale
+        if scale is None and not reads_scale:
+            scale = self.scale(blocks)
         offset = self.offset(blocks) if offset is None else offset
-        if kernels.usable(self.name, blocks, dtype):
-            return kernels.decode(self.name, blocks, scale, offset, dtype)
+        if kernel:
+            return kernels.decode(self.name, blocks, scale, offset, dtype, room)
+        assert scale is not None
         return self.decode_reference(blocks, scale, offset, dtype)
 
     def decode_reference(self, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:

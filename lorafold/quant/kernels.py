@@ -35,11 +35,18 @@ def usable(name: str, blocks: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def decode(name: str, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dense [O, I] of blocks uint8 [O, B, bytes] of the format `name`, with scale and offset float32 [O, G]."""
+def decode(
+    name: str, blocks: Tensor, scale: Tensor | None, offset: Tensor, dtype: torch.dtype, room: Tensor | None = None
+) -> Tensor:
+    """Dense [O, I] of blocks uint8 [O, B, bytes] of the format `name`, with scale and offset float32 [O, G].
+
+    The scale may be None where the kernel `reads_scale`. `room`, O I numbers in `dtype` or more, takes the result.
+    """
     exact, rounded, weights, *arguments = _KERNELS[name] if name in _KERNELS else _mlx_kernels(name)
-    out = torch.empty(blocks.shape[0], blocks.shape[1] * weights, dtype=dtype)
-    raw, s, o = blocks.contiguous().numpy(), scale.detach().contiguous().numpy(), offset.detach().contiguous().numpy()
+    shape = blocks.shape[0], blocks.shape[1] * weights
+    out = torch.empty(shape, dtype=dtype) if room is None else room[: shape[0] * shape[1]].view(shape)
+    s = _NO_SCALES if scale is None else scale.detach().contiguous().numpy()
+    raw, o = blocks.contiguous().numpy(), offset.detach().contiguous().numpy()
     looked_up = _lookup(name) if dtype == torch.bfloat16 and lookup.supported() else None
     if looked_up is not None:
         kernel, values, at = looked_up
@@ -49,6 +56,12 @@ def decode(name: str, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torc
     else:
         on_torch_threads(exact, raw, s, o, *arguments, out.numpy())
     return out
+
+
+def reads_scale(name: str, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes the scales out of the blocks itself."""
+    found = _lookup(name) if dtype == torch.bfloat16 and lookup.supported() else None
+    return found is not None and found[0] is lookup.halves
 
 
 def six_bit_parameters(blocks: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
@@ -357,6 +370,7 @@ _KERNELS = {  # format -> kernels for float32 and bfloat16, weights of a block, 
     "Q5_K": (_k_float32, _k_bfloat16, 256, 5, 8),
     "Q6_K": (_k_float32, _k_bfloat16, 256, 6, 16),
 }
+_NO_SCALES = np.empty((0, 0), np.float32)
 _COUNT = np.arange(16, dtype=np.float32)
 _LOOKUPS = {  # 4-bit formats -> kernel, what the codes stand for, and the byte at which they begin
     "Q4_0": (lookup.halves, _COUNT - 8, 2),

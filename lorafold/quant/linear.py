@@ -13,6 +13,7 @@ the whole input and a third matrix product.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,11 +21,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorafold.kernels import block
+from lorafold.kernels import block, products
 from lorafold.quant.weight import QuantizedWeight
 
 _GRADIENT_ENTRIES = 1 << 22  # weights whose dense gradient is held at once
 MOST_KEPT = 1 << 29  # weights that `decoded_once` keeps: 1 GiB in bfloat16
+
+
+class _Room(threading.local):
+    """Memory of a thread for one decoded weight: what is freed and asked for again would lie about in pieces."""
+
+    numbers = torch.empty(0)
+
+
+_room = _Room()
+
+
+def _decoded(
+    weight: QuantizedWeight, dtype: torch.dtype, offset: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """The dense weight [O, I], good until the next one is decoded."""
+    count = weight.shape[0] * weight.shape[1]
+    if weight.blocks.device.type != "cpu":
+        return weight.decode(dtype, offset, scale)
+    if _room.numbers.dtype != dtype or len(_room.numbers) < count:
+        _room.numbers = torch.empty(count, dtype=dtype)
+    return weight.decode(dtype, offset, scale, _room.numbers)
+
+
+def multiply(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """X W^T (`transposed`; weight [N, K]) or X W (weight [K, N]) for X [..., K] -> [..., N], nothing differentiated."""
+    if products.usable(x, weight):
+        return products.multiply(x, weight, transposed)
+    return F.linear(x, weight) if transposed else x @ weight
 
 
 class _PackedMatmul(torch.autograd.Function):
@@ -38,13 +67,13 @@ class _PackedMatmul(torch.autograd.Function):
             size = weight.format.group_size
             kept = block.pool(x, size) if block.usable(x) else x.unflatten(-1, (-1, size)).sum(-1)
         ctx.save_for_backward(offset, scale, kept)
-        return F.linear(x, weight.decode(x.dtype, offset, scale))
+        return multiply(x, _decoded(weight, x.dtype, offset, scale), True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (dy,) = grads
         offset, scale, kept = ctx.saved_tensors
-        dx = dy @ ctx.weight.decode(dy.dtype, offset, scale) if ctx.needs_input_grad[0] else None
+        dx = multiply(dy, _decoded(ctx.weight, dy.dtype, offset, scale), False) if ctx.needs_input_grad[0] else None
         d_offset = d_scale = None
         rows = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[2]:
@@ -159,7 +188,7 @@ def frozen_weight(layer: nn.Linear | QuantLinear, dtype: torch.dtype) -> Callabl
     """What gives the weight [out, in] in a type each time it is needed; None where it is trained or kept decoded."""
     if isinstance(layer, QuantLinear):
         packed = layer.packed
-        return None if layer._keep_dense else lambda: packed.decode(dtype)
+        return None if layer._keep_dense else lambda: _decoded(packed, dtype)
     weight = layer.weight
     return None if weight.requires_grad or weight.dtype != dtype else lambda: weight
 

@@ -15,7 +15,8 @@ from typing import Any
 from llvmlite import ir
 from numba import config, njit, prange, types
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+
+from lorafold.kernels.lanes import intrinsic
 
 _BYTES, _HALF_BYTES = ir.VectorType(ir.IntType(8), 32), ir.VectorType(ir.IntType(8), 16)
 _WORDS, _HALF_WORDS = ir.VectorType(ir.IntType(16), 32), ir.VectorType(ir.IntType(16), 16)
@@ -113,13 +114,30 @@ _store_halves, _store_low_first, _store_high_first = map(_storing, (_one_after_t
 _store_low, _store_high = map(_storing, (_low_of_32, _high_of_32))
 
 
+@intrinsic
+def _half(typing_context, address):  # noqa: ARG001 (numba's protocol)
+    """The float16 number at an address, as float32."""
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        number = builder.load(builder.inttoptr(arguments[0], ir.HalfType().as_pointer()), align=2)
+        return builder.fpext(number, ir.FloatType())
+
+    return types.float32(types.intp), generate
+
+
 @njit(parallel=True, cache=True)
 def halves(raw, scale, offset, values, at, out):
-    """Q4_0, Q4_1, IQ4_NL: groups of 32 from byte `at`; low halves of 16 bytes, then their high halves."""
+    """Q4_0, Q4_1, IQ4_NL: groups of 32 from byte `at`; low halves of 16 bytes, then their high halves.
+
+    Without scales (an array of no rows) those at the beginning of each block are taken.
+    """
+    stored = len(scale) == 0
     for r in prange(raw.shape[0]):
-        v, source, target = values.ctypes.data, raw[r].ctypes.data + at, out[r].ctypes.data
+        v, source, target = values.ctypes.data, raw[r].ctypes.data, out[r].ctypes.data
         for g in range(raw.shape[1]):
-            _store_halves(v, scale[r, g], offset[r, g], source + g * raw.shape[2], target + 64 * g)
+            place = source + g * raw.shape[2]
+            s = _half(place) if stored else scale[r, g]
+            _store_halves(v, s, offset[r, g], place + at, target + 64 * g)
 
 
 @njit(parallel=True, cache=True)

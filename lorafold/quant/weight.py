@@ -38,12 +38,19 @@ class QuantizedWeight:
         return self.blocks.numel() + (0 if self.extra is None else 4 * self.extra.numel())
 
     def decode(
-        self, dtype: torch.dtype = torch.float32, offset: Tensor | None = None, scale: Tensor | None = None
+        self,
+        dtype: torch.dtype = torch.float32,
+        offset: Tensor | None = None,
+        scale: Tensor | None = None,
+        room: Tensor | None = None,
     ) -> Tensor:
-        """Dense [out, in] in `dtype`; `offset` and `scale` [out, groups] replace the stored ones."""
+        """Dense [out, in] in `dtype`; `offset` and `scale` [out, groups] replace the stored ones.
+
+        `room` holds as many numbers in `dtype`, or more, and may be used for the result.
+        """
         if scale is None and self.extra is not None:
             scale = self.format.nested_scale(self.blocks, self.extra)
-        return self.format.decode(self.blocks, dtype, offset, scale)
+        return self.format.decode(self.blocks, dtype, offset, scale, room)
 
     def rows(self, index: Tensor) -> QuantizedWeight:
         """The matrix with rows taken in the order of `index` [n]; groups run along a row, so they stay whole."""

@@ -112,7 +112,7 @@ def _train(
     steps: list[Step] = []
     try:
         with display.bar("training", total) as advance:
-            for step in train_steps(loaded, rows, training):
+            for step in train_steps(loaded, rows, training, lambda plan: display.say(plan.describe())):
                 steps.append(step)
                 folder.metric(**step.__dict__)
                 advance(1, training_note(step.loss, step.tokens / step.seconds))

@@ -7,8 +7,9 @@ keeps the inputs of the blocks only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ from lorafold.adapters.inject import group_parameters_once
 from lorafold.data.packs import pack
 from lorafold.data.tokens import Tokens
 from lorafold.errors import TrainingError
-from lorafold.evals.loss import ALIGN, pack_loss
+from lorafold.evals.loss import WHOLE, pack_loss
 from lorafold.models.load import LoadedModel
-from lorafold.train.memory import peak_bytes, resident_bytes, restart_peak, return_freed_memory
+from lorafold.train.memory import free_at_once, peak_bytes, restart_peak
 
 _SPARE = 0.06  # of the budget: memory in pieces
-_NEARLY = 0.9  # of the budget: above it, what is free is given back between micro-batches
+_TRIED = 256  # tokens of the pass that is measured
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,16 @@ class Plan:
     checkpointing: bool
     budget: int | None = None
 
-    def between_passes(self) -> None:
-        """Give free memory back where the process comes near its budget."""
-        if self.budget and resident_bytes() > _NEARLY * self.budget:
-            return_freed_memory()
+    def describe(self) -> str:
+        """For the user."""
+        again = ", blocks computed again in the backward pass" if self.checkpointing else ""
+        limit = f" to stay below {self.budget / 1e9:.2f} GB" if self.budget else ""
+        return f"micro-batches of up to {self.micro_batch_tokens:,} tokens{again}{limit}"
 
 
-def plan_within(budget: int, loaded: LoadedModel, rows: Sequence[Tokens], most: int) -> Plan:
+def plan_within(
+    budget: int, loaded: LoadedModel, rows: Sequence[Tokens], most: int, checkpointing: bool = False
+) -> Plan:
     """The largest micro-batches that stay below a budget, with checkpointing only if nothing else does.
 
     Args:
@@ -53,55 +57,61 @@ def plan_within(budget: int, loaded: LoadedModel, rows: Sequence[Tokens], most: 
         loaded: the model, with its adapters.
         rows: the training rows.
         most: tokens of a micro-batch that are never exceeded.
+        checkpointing: is used in any case.
 
     Raises:
         TrainingError: the longest row does not fit; the message says what would.
     """
-    shortest, longest = min(rows, key=len), max(rows, key=len)
-    largest = len(longest) + 4 * ALIGN
-    needed = 0
-    for checkpointing in (False, True):
-        with checkpointed(loaded, checkpointing):
-            fixed, each = _fixed_bytes(loaded, shortest), _bytes_per_token(loaded, shortest)
+    free_at_once()
+    longest = max(len(row) for row in rows)
+    largest = longest + WHOLE
+    row = min(rows, key=lambda row: abs(len(row) - _TRIED))
+    row = replace(row, supervised=[False] + [True] * (len(row) - 1))
+    fixed, each = _measure(loaded, row)
+    tokens = int((budget * (1 - _SPARE) - fixed) / each)
+    if tokens < largest or checkpointing:
+        checkpointing = True
+        with checkpointed(loaded, True):  # the block that is computed again is kept whole
+            each = each / loaded.model.config.num_hidden_layers + _bytes_per_token(loaded, row)
         tokens = int((budget * (1 - _SPARE) - fixed) / each)
-        if tokens >= largest:
-            return Plan(min(tokens, most), checkpointing, budget)
-        needed = int((fixed + each * largest) / (1 - _SPARE))
+    if tokens >= largest:
+        return Plan(min(tokens, most), checkpointing, budget)
+    needed = (fixed + each * largest) / (1 - _SPARE)
     raise TrainingError(
-        f"memory: the longest row has {len(longest)} tokens, which takes {needed / 1e9:.2f} GB with this model and "
+        f"memory: the longest row has {longest} tokens, which takes {needed / 1e9:.2f} GB with this model and "
         f"adapter, and {budget / 1e9:.2f} GB are allowed; allow more, or cut rows with a smaller max_length"
     )
 
 
-class checkpointed:
+@contextlib.contextmanager
+def checkpointed(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
     """Inside, blocks are computed again in the backward pass, or not."""
-
-    def __init__(self, loaded: LoadedModel, wanted: bool):
-        self.model, self.wanted = loaded.model, wanted
-
-    def __enter__(self) -> None:
-        if self.wanted:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def __exit__(self, *_: object) -> None:
-        if self.wanted:
-            self.model.gradient_checkpointing_disable()
+    if not wanted:
+        yield
+        return
+    loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        loaded.model.gradient_checkpointing_disable()
 
 
-def _probe(loaded: LoadedModel, row: Tokens) -> tuple[Tensor, int]:
-    batch = pack([row], ALIGN).to(loaded.device)
-    return pack_loss(loaded, batch), len(batch.ids)
+def _probe(loaded: LoadedModel, row: Tokens) -> int:
+    """A forward and backward pass; its tokens."""
+    batch = pack([row], loaded.row_align, None, WHOLE).to(loaded.device)
+    pack_loss(loaded, batch).backward()
+    return len(batch.ids)
 
 
-def _fixed_bytes(loaded: LoadedModel, row: Tokens) -> int:
-    """The peak of one short forward and backward pass: the process, the model, decoded weights, logits, compiled code."""
+def _measure(loaded: LoadedModel, row: Tokens) -> tuple[float, float]:
+    """Bytes of everything but activations (process, model, decoded weights, logits, compiled code), and by token."""
     loaded.model.train()
+    each = _bytes_per_token(loaded, row)  # compiles what is not compiled yet
     restart_peak()
     with group_parameters_once(loaded.model):
-        loss, _tokens = _probe(loaded, row)
-        loss.backward()
+        tokens = _probe(loaded, row)
     loaded.model.zero_grad(set_to_none=True)
-    return peak_bytes()
+    return peak_bytes() - each * tokens, each
 
 
 def _bytes_per_token(loaded: LoadedModel, row: Tokens) -> float:
@@ -118,8 +128,7 @@ def _bytes_per_token(loaded: LoadedModel, row: Tokens) -> float:
 
     with group_parameters_once(loaded.model), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         own |= {leaf.untyped_storage().data_ptr() for leaf in _leaves(loaded)}
-        loss, tokens = _probe(loaded, row)
-        loss.backward()
+        tokens = _probe(loaded, row)
     loaded.model.zero_grad(set_to_none=True)
     return sum(kept.values()) / tokens
 

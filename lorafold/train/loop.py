@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +21,14 @@ from lorafold.config import TrainingConfig
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens
 from lorafold.errors import TrainingError
-from lorafold.evals.loss import ALIGN, pack_loss
+from lorafold.evals.loss import WHOLE, head_once, pack_loss
 from lorafold.models.load import LoadedModel
+from lorafold.train.budget import Plan, checkpointed, plan_within
 from lorafold.train.memory import keep_freed_memory
 from lorafold.train.schedule import learning_rate_at
+
+MICRO_BATCH_TOKENS = 1024  # where nobody says more
+MOST_TOKENS = 4096  # within a given memory; larger ones are no faster
 
 
 @dataclass(frozen=True)
@@ -69,41 +73,62 @@ def epoch_batches(n_rows: int, config: TrainingConfig) -> Iterator[list[int]]:
         yield from (order[i : i + size] for i in range(0, n_rows, size))
 
 
-def train_steps(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingConfig) -> Iterator[Step]:
+def plan_step(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingConfig) -> Plan:
+    """How many tokens are computed at once, and whether blocks are computed again.
+
+    Raises:
+        TrainingError: the longest row does not fit the memory that is allowed.
+    """
+    if config.memory_bytes is None:
+        keep_freed_memory()
+        return Plan(config.micro_batch_tokens or MICRO_BATCH_TOKENS, config.gradient_checkpointing)
+    most = config.micro_batch_tokens or MOST_TOKENS
+    return plan_within(config.memory_bytes, loaded, rows, most, config.gradient_checkpointing)
+
+
+def train_steps(
+    loaded: LoadedModel,
+    rows: Sequence[Tokens],
+    config: TrainingConfig,
+    planned: Callable[[Plan], None] | None = None,
+) -> Iterator[Step]:
     """Train the model's adapters, yielding after each optimizer step.
 
     Args:
         loaded: a model with adapters; every parameter that requires a gradient is trained.
         rows: tokenized rows.
         config: with `learning_rate` resolved.
+        planned: is told how steps are computed, before the first.
 
     Raises:
-        TrainingError: a loss or gradient is not finite; the parameters are those before that step.
+        TrainingError: a loss or gradient is not finite; the parameters are those before that step. Or the longest row
+            does not fit the memory that is allowed.
     """
     assert config.learning_rate is not None
     parameters = [p for p in loaded.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    if config.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+    plan = plan_step(loaded, rows, config)
+    if planned:
+        planned(plan)
     torch.manual_seed(config.seed)
     total = total_steps(len(rows), config)
     shared = None if drops_out(loaded.model) else config.shared_prefix_tokens or None
     batches = epoch_batches(len(rows), config)
-    keep_freed_memory()
     loaded.model.train()
     gc.collect()
     gc.freeze()  # the collector would walk through the model and all imported modules several times a step
     try:
-        for step in range(total):
-            batch = [rows[i] for i in next(batches)]
-            rate = learning_rate_at(step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
-            yield _one_step(loaded, batch, optimizer, parameters, config, shared, step + 1, rate)
-            loaded.model.train()  # whoever evaluated in between switched to evaluation mode
+        with checkpointed(loaded, plan.checkpointing):
+            for step in range(total):
+                batch = [rows[i] for i in next(batches)]
+                rate = learning_rate_at(
+                    step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
+                )
+                yield _one_step(loaded, batch, optimizer, parameters, config, plan, shared, step + 1, rate)
+                loaded.model.train()  # whoever evaluated in between switched to evaluation mode
     finally:
         gc.unfreeze()
         loaded.model.eval()
-        if config.gradient_checkpointing:
-            loaded.model.gradient_checkpointing_disable()
 
 
 def _one_step(
@@ -112,6 +137,7 @@ def _one_step(
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     config: TrainingConfig,
+    plan: Plan,
     shared: int | None,
     step: int,
     rate: float,
@@ -121,9 +147,9 @@ def _one_step(
     total_loss = 0.0
     if shared is not None:
         batch = sorted(batch, key=lambda row: row.ids)  # neighbours have most in common
-    with group_parameters_once(loaded.model):
-        for group in micro_batches(batch, config.micro_batch_tokens, ALIGN, shared):
-            loss = pack_loss(loaded, pack(group, ALIGN, shared).to(loaded.device))
+    with group_parameters_once(loaded.model), head_once(loaded):
+        for group in micro_batches(batch, plan.micro_batch_tokens, loaded.row_align, shared):
+            loss = pack_loss(loaded, pack(group, loaded.row_align, shared, WHOLE).to(loaded.device))
             value = float(loss.detach())
             if not math.isfinite(value):
                 optimizer.zero_grad(set_to_none=True)

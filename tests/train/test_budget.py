@@ -1,0 +1,97 @@
+"""Memory by choice: what is planned, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorafold.adapters.inject import adapter_state, inject
+from lorafold.config import AdapterSpec, TrainingConfig
+from lorafold.data.tokens import Tokens
+from lorafold.errors import ConfigError, TrainingError
+from lorafold.files import parse_bytes
+from lorafold.models.load import LoadedModel, load
+from lorafold.train import budget
+from lorafold.train.budget import Plan, plan_within
+from lorafold.train.loop import train_steps
+
+ROWS = [Tokens(list(range(2, 2 + n)), [False] + [True] * (n - 1), i) for i, n in enumerate([20, 90, 50, 30])]
+
+
+@pytest.fixture
+def loaded(tiny_file: Callable[..., Path]) -> LoadedModel:
+    model = load(tiny_file("llama", "Q4_1"))
+    torch.manual_seed(0)
+    inject(model.model, AdapterSpec("qa-lora", 4))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2GB", 2e9), ("1.5 GiB", 1.5 * 2**30), ("900mb", 9e8), ("0GB", None), ("2", None), ("GB", None), ("-1GB", None)],
+)
+def test_parse_bytes(text: str, expected: float | None) -> None:
+    assert parse_bytes(text) == expected
+
+
+def test_a_wrong_memory_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"memory is '2'.*2GB"):
+        TrainingConfig(memory="2")
+
+
+def _with(monkeypatch: pytest.MonkeyPatch, fixed: float, whole: float, again: float) -> None:
+    """What is measured is given: bytes of everything else, and by token without and with checkpointing."""
+    monkeypatch.setattr(budget, "_measure", lambda *_: (fixed, whole))
+    monkeypatch.setattr(budget, "_bytes_per_token", lambda *_: again)
+
+
+def test_plans(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    _with(monkeypatch, 1e6, 1000.0, 100.0)
+    layers = loaded.model.config.num_hidden_layers
+    again = 100 + 1000 / layers
+    assert plan_within(10**8, loaded, ROWS, 4096) == Plan(4096, False, 10**8)
+    assert plan_within(2 * 10**6, loaded, ROWS, 4096) == Plan(int((0.94 * 2e6 - 1e6) / 1000), False, 2 * 10**6)
+    assert plan_within(2 * 10**6, loaded, ROWS, 4096, checkpointing=True).checkpointing
+    tight = int((1e6 + 120 * 1000) / 0.94)  # 120 tokens, and the longest row takes 90 and the rest of a pack
+    assert plan_within(tight, loaded, ROWS, 4096) == Plan(int((0.94 * tight - 1e6) / again), True, tight)
+    with pytest.raises(TrainingError, match=r"longest row has 90 tokens, which takes 0\.00 GB.*max_length"):
+        plan_within(10**6, loaded, ROWS, 4096)
+
+
+def test_what_a_token_keeps_is_counted(loaded: LoadedModel) -> None:
+    """Rows of other lengths give the same by token; checkpointing keeps less; the model is left as it was."""
+    state = {key: value.clone() for key, value in adapter_state(loaded.model).items()}
+    loaded.model.train()
+    each = [budget._bytes_per_token(loaded, row) for row in ROWS[:2]]
+    assert each[0] == pytest.approx(each[1], rel=0.3)  # attention weights of this small model grow with the row
+    config = loaded.model.config
+    assert each[1] > 4 * config.num_hidden_layers * (2 * config.intermediate_size + 4 * config.hidden_size)
+    with budget.checkpointed(loaded, True):
+        assert budget._bytes_per_token(loaded, ROWS[1]) < each[1] / 2
+    assert all(p.grad is None for p in loaded.model.parameters())
+    assert all(torch.equal(state[key], value) for key, value in adapter_state(loaded.model).items())
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_result_is_the_same(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    """Within a budget the first losses are those without one; with blocks computed again as well."""
+    config = TrainingConfig(learning_rate=1e-3, per_device_train_batch_size=4, max_steps=2, shared_prefix_tokens=0)
+    state = {key: value.detach().clone() for key, value in adapter_state(loaded.model).items()}
+    expected = [step.loss for step in train_steps(loaded, ROWS, config)]
+    for key, value in adapter_state(loaded.model).items():
+        value.data.copy_(state[key])
+    _with(monkeypatch, 1e6, 3000.0 if again else 1000.0, 10.0)
+    plans: list[Plan] = []
+    limited = replace(config, memory="1.4MB")
+    losses = [step.loss for step in train_steps(loaded, ROWS, limited, plans.append)]
+    assert [plan.checkpointing for plan in plans] == [again]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_too_little_memory_ends_before_the_first_step(loaded: LoadedModel) -> None:
+    with pytest.raises(TrainingError, match="longest row"):
+        next(train_steps(loaded, ROWS, TrainingConfig(learning_rate=1e-3, memory="1MB")))
