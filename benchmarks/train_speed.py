@@ -84,7 +84,12 @@ def run_lorafold(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[st
     adapted = sum(layers[name].in_features * layers[name].out_features for name in injection.modules)
     in_order = iter([list(range(i, i + STEP_ROWS)) for i in range(0, len(rows), STEP_ROWS)])
     loop.epoch_batches = lambda *_: in_order  # the peer's order, so that the first losses can be compared
-    config = TrainingConfig(learning_rate=1e-4, lr_scheduler_type="constant", warmup_ratio=0)
+    config = TrainingConfig(
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        warmup_ratio=0,
+        micro_batch_tokens=options["micro_batch_tokens"],
+    )
     running = loop.train_steps(loaded, tokens, config)
     steps = [next(running) for _ in range(len(rows) // STEP_ROWS - (PROFILED if options.get("profile") else 0))]
     parts = profile(running) if options.get("profile") else {}
@@ -189,11 +194,11 @@ def run_trl(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[str, An
     }
 
 
-def child(name: str, rows_file: Path, out: Path, profile: bool) -> None:
+def child(name: str, rows_file: Path, out: Path, profile: bool, micro_batch_tokens: int | None) -> None:
     """One contender, in its own process."""
     rows, options = json.loads(rows_file.read_text()), dict(CONTENDERS[name])
-    if profile:
-        options["profile"] = True
+    if name.startswith("lorafold"):
+        options |= {"profile": profile, "micro_batch_tokens": micro_batch_tokens}
     result = run_lorafold(rows, options) if name.startswith("lorafold") else run_trl(rows, options)
     later = result["seconds"][1:]
     result["samples_per_second"] = STEP_ROWS * len(later) / sum(later)
@@ -208,6 +213,7 @@ def run_child(name: str, args: argparse.Namespace, profile: bool = False) -> dic
         rows_file.write_text(json.dumps(read_rows(args.data, args.rows)))
         command = [sys.executable, __file__, "--child", name, "--rows-file", str(rows_file), "--out", str(out)]
         command += ["--profile"] if profile else []
+        command += ["--micro-batch-tokens", str(args.micro_batch_tokens)] if args.micro_batch_tokens else []
         subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         return json.loads(out.read_text())
 
@@ -229,12 +235,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--micro-batch-tokens", type=int, help="of LoraFold; its default if not given")
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rows-file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return child(args.child, args.rows_file, args.out, args.profile)
+        return child(args.child, args.rows_file, args.out, args.profile, args.micro_batch_tokens)
     results = measure(args)
     first = {name: r["losses"][0] for name, r in results.items()}
     if max(first.values()) - min(first.values()) > SAME_LOSS:

@@ -73,7 +73,7 @@ class _Segment:
     parent: int
 
 
-def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None, whole: int | None = None) -> Pack:
+def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None, whole: int = 1) -> Pack:
     """Lay rows end to end; at least one row.
 
     Args:
@@ -81,12 +81,12 @@ def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None, whol
             by nothing before it and is never a target, so this changes no result; it keeps the number of different
             matrix shapes small, for each of which a CPU's matrix library compiles and keeps a kernel.
         shared: least number of tokens for which it pays to let rows share them; None shares nothing.
-        whole: lengthen the last row so that T is a multiple of this; of `4 * align` if that is more than 4.
+        whole: lengthen the last row so that T is a multiple of this.
     """
     assert rows
     tree, leaves, lengths = _lay_out(rows, align, shared)
     total = sum(lengths)
-    lengths[-1] += _up(total, whole or (4 * align if align > 1 else 1)) - total
+    lengths[-1] += _up(total, whole) - total
     starts = [0, *itertools.accumulate(lengths)]
     ids: list[int] = []
     for segment, length in zip(tree, lengths, strict=True):
@@ -168,12 +168,12 @@ def micro_batches(
     filled = 0
     for row in rows:
         if shared is None:
-            filled += len(row)
+            filled += _up(len(row), align)
         elif groups:
             group = [*groups[-1], row]
             filled = max(sum(_lay_out(group, align, shared)[2]), sum(sum(r.supervised) for r in group))
         if not groups or filled > max_tokens:
             groups.append([])
-            filled = len(row)
+            filled = _up(len(row), align)
         groups[-1].append(row)
     return groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -36,9 +37,13 @@ def end_tokens(loaded: LoadedModel) -> set[int]:
 
 
 @torch.no_grad()
-def generate(loaded: LoadedModel, ids: Sequence[int], max_new_tokens: int = 128) -> list[int]:
-    """Token ids that follow `ids`, the likeliest each time, without the end token."""
-    with decoded_once(loaded.model):
+def generate(loaded: LoadedModel, ids: Sequence[int], max_new_tokens: int = 128, keep: bool = True) -> list[int]:
+    """Token ids that follow `ids`, the likeliest each time, without the end token.
+
+    Args:
+        keep: keep decoded weights meanwhile, up to 1 GiB; without, each token decodes all of them.
+    """
+    with decoded_once(loaded.model) if keep else contextlib.nullcontext():
         return _greedy(loaded, ids, max_new_tokens)
 
 

@@ -15,6 +15,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from lorafold.kernels import block
+from lorafold.kernels.block import raw
 from lorafold.kernels.compiled import address, on_torch_threads
 from lorafold.kernels.rows import clear, copy, rotate_floats, rotate_words, softmax_backward_row, softmax_row
 from lorafold.kernels.tiles import (
@@ -279,10 +280,6 @@ def usable(q: Tensor, width: int) -> bool:
     return block.usable(q) and width % 32 == 0 and supported()
 
 
-def _raw(x: Tensor) -> np.ndarray:
-    return x.detach().view(torch.uint16).numpy()
-
-
 def _tables(cos: Tensor, sin: Tensor) -> tuple[np.ndarray, ...]:
     """What a rotation multiplies with, and its transpose."""
     cos, sin = cos.float(), sin.float()
@@ -293,10 +290,11 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int
 ) -> Tensor:
     """Attention of q [T, H * D] over k and v [T, K * D] -> [T, H * D]; cos and sin [T, D]."""
-    out, size, width = torch.empty_like(q), layout.longest_path, cos.shape[1]
+    assert supported()  # which also asks the system for the tiles
+    out, size, width = torch.empty(q.shape, dtype=q.dtype), layout.longest_path, cos.shape[1]
     rooms = workspace(2 * size * width + 48 * (size + width))
-    given = (_raw(q), _raw(k), _raw(v), _tables(cos, sin), layout.pack, layout.tasks, np.float32(scale), window)
-    on_torch_threads(_forward, *given, rooms, SETTINGS.ctypes.data, _raw(out))
+    given = (raw(q), raw(k), raw(v), _tables(cos, sin), layout.pack, layout.tasks, np.float32(scale), window)
+    on_torch_threads(_forward, *given, rooms, SETTINGS.ctypes.data, raw(out))
     return out
 
 
@@ -312,12 +310,13 @@ def backward(
     dy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `forward` with respect to q, k and v for dy [T, H * D]."""
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    assert supported()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     size, width, many = layout.longest_path, cos.shape[1], q.shape[1] // k.shape[1] * layout.longest
     rooms = workspace(5 * size * width // 2 + 2 * many * width + size * many + 80 * size + 64 * width + 1024)
     spilled = [torch.empty(len(layout.spilled), k.shape[1]) for _ in range(2)]
-    given = (_raw(q), _raw(k), _raw(v), _raw(dy), _tables(cos, sin), layout.pack, layout.tasks, layout.spills)
-    results = (_raw(dq), _raw(dk), _raw(dv), *(x.numpy() for x in spilled))
+    given = (raw(q), raw(k), raw(v), raw(dy), _tables(cos, sin), layout.pack, layout.tasks, layout.spills)
+    results = (raw(dq), raw(dk), raw(dv), *(x.numpy() for x in spilled))
     on_torch_threads(_backward, *given, np.float32(scale), window, rooms, SETTINGS.ctypes.data, *results)
     if len(tokens := layout.shared_tokens):
         keys, values = (torch.zeros(k.shape).index_add_(0, layout.spilled, parts)[tokens] for parts in spilled)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import config, njit, prange
 from torch import Tensor
 
 from lorafold.kernels.compiled import address, on_torch_threads, round_bfloat16
@@ -31,15 +31,17 @@ LOG2E = np.float32(1.4426950408889634)
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels cover this tensor."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-1] % 16 == 0
+    compiled = not config.DISABLE_JIT  # type: ignore[attr-defined]
+    return compiled and x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-1] % 16 == 0
 
 
-def _raw(x: Tensor) -> np.ndarray:
+def raw(x: Tensor) -> np.ndarray:
+    """The numbers as words; a copy of what is not contiguous."""
     return x.detach().contiguous().view(torch.uint16).numpy()
 
 
 def _rows(x: Tensor) -> np.ndarray:
-    return _raw(x).reshape(-1, x.shape[-1])
+    return raw(x).reshape(-1, x.shape[-1])
 
 
 def _whole(x: Tensor) -> np.ndarray:
@@ -169,7 +171,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """
     assert logits.is_contiguous()
     losses, found = torch.empty(len(logits)), torch.empty(len(logits), 2)
-    on_torch_threads(_cross_entropy, _raw(logits), targets.numpy(), gradient, losses.numpy(), found.numpy())
+    on_torch_threads(_cross_entropy, raw(logits), targets.numpy(), gradient, losses.numpy(), found.numpy())
     return losses
 
 
@@ -210,8 +212,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, segments: list[int]) -> Tensor:
         [T * H, D], ordered by row of the pack, then head, then token: what the matrix products of attention read.
     """
     out = torch.empty(x.numel() // cos.shape[-1], cos.shape[-1], dtype=x.dtype)
-    source = _raw(x).reshape(out.shape)
-    on_torch_threads(_rotate, source, _raw(cos), _raw(sin), *_bounds(segments), _raw(out), False)
+    source = raw(x).reshape(out.shape)
+    on_torch_threads(_rotate, source, raw(cos), raw(sin), *_bounds(segments), raw(out), False)
     return out
 
 
@@ -219,7 +221,7 @@ def rotate_back(dy: Tensor, cos: Tensor, sin: Tensor, segments: list[int]) -> Te
     """The gradient of `rotate` with respect to x, [T, H * D], for dy [T * H, D]: the rotation's transpose."""
     dx = torch.empty(dy.shape, dtype=dy.dtype)
     transposed = -sin.roll(sin.shape[-1] // 2, dims=-1)
-    on_torch_threads(_rotate, _raw(dy), _raw(cos), _raw(transposed), *_bounds(segments), _raw(dx), True)
+    on_torch_threads(_rotate, raw(dy), raw(cos), raw(transposed), *_bounds(segments), raw(dx), True)
     return dx.view(len(cos), -1)
 
 

@@ -90,8 +90,10 @@ class Lanes:
         return self.over_lanes(Lanes.__add__)
 
     def sigmoid(self) -> Lanes:
-        """1 / (1 + exp(-x)), where the exponential stays within the range of a float32."""
-        return 1.0 / ((self * -LOG2E).smaller(126.0).exp2() + 1.0)
+        """1 / (1 + exp(-x)), and 0 where the exponential leaves the range of a float32."""
+        power = self * -LOG2E
+        within = self.builder.fcmp_unordered("<=", power.value, self._like(126.0))
+        return (1.0 / (power.exp2() + 1.0)).where(within, 0.0)
 
     def rounded(self) -> Lanes:
         """Rounded to bfloat16, as float32."""

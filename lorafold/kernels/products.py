@@ -53,6 +53,7 @@ def usable(x: Tensor, weight: Tensor) -> bool:
 
 def multiply(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     """X W^T (`transposed`; weight [N, K]) or X W (weight [K, N]) for X [..., K] -> [..., N]; for what is `usable`."""
+    assert supported()  # which also asks the system for the tiles
     n, k = weight.shape if transposed else weight.shape[::-1]
     rows, weight = x.detach().reshape(-1, k).contiguous(), weight.contiguous()
     m = len(rows)

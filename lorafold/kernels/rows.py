@@ -243,7 +243,6 @@ def pool_row(typing_context, x, length, group, out):  # noqa: ARG001 (numba's pr
         size = builder.lshr(group, LONG(4))
         with cgutils.for_range(builder, builder.udiv(length, group)) as outer:
             total = State(builder, 0.0)
-            builder.store(ir.Constant(FLOATS, [0.0] * 16), total.place)
             with cgutils.for_range(builder, size) as inner:
                 at = builder.add(builder.mul(outer.index, size), inner.index)
                 total.set(total.get() + load_words(builder, x, at))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import config, njit, types
 from numba.core.registry import cpu_target
 
@@ -37,6 +38,8 @@ SETTINGS[0], SETTINGS[16:32:2], SETTINGS[48:56] = 1, 64, 16
 def supported() -> bool:
     """Whether numba compiles for a processor with tiles, and the system lets this process use them."""
     _triple, _processor, features = cpu_target.target_context.codegen().magic_tuple()  # type: ignore[union-attr]
+    if llvm_version_info[0] < 16:  # older versions write bfloat16 conversions otherwise
+        return False
     able = {"+amx-tile", "+amx-bf16", "+avx512bf16"} <= set(str(features).split(","))
     if not able or config.DISABLE_JIT or platform.system() != "Linux":  # type: ignore[attr-defined]
         return False

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 NAME = "lorafold"
-_PLAIN_TOKENS = 640  # the longest row that takes the plain path on a CPU
+KEPT_TOKENS = 640  # the longest row that takes the plain path on a CPU, which keeps attention weights
 _MASK_TOKENS = 640  # the longest row whose mask is kept
 
 
@@ -91,7 +91,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None)
     heads, tokens, width = q.shape
     kv_heads, seen, _ = k.shape
     windowed = window is not None and seen > window
-    if q.device.type != "cpu" or tokens > _PLAIN_TOKENS:
+    if q.device.type != "cpu" or tokens > KEPT_TOKENS:
         mask = _mask(tokens, seen, window if windowed else None, torch.bool, q.device)
         causal = tokens == seen and not windowed
         out = F.scaled_dot_product_attention(

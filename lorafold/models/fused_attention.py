@@ -1,9 +1,9 @@
 """Causal attention over the segments of a pack on a CPU, from projections to output in one step with its own gradient.
 
-The rotary embedding writes queries and keys in the order that the matrix products read, and mask and softmax take one
-pass in place; so little is copied that is not multiplied, and only rotated queries and keys, values and attention
-weights are kept. Packs with rows too long for that, caches, other types and devices take transformers' own forward
-pass with `attention.py`.
+With matrix tiles it is one kernel that keeps queries, keys and values as projected. Elsewhere the rotary embedding
+writes queries and keys in the order that torch's products read, mask and softmax take one pass in place, and rotated
+queries and keys, values and attention weights are kept. Packs with rows too long for that, caches, other types and
+devices take transformers' own forward pass with `attention.py`.
 """
 
 # T tokens of the pack, H query heads, K key-value heads, D head width; a row of L tokens is [H, L, D], contiguous
@@ -173,11 +173,11 @@ def attention_forward(
 
 def any_length(model: nn.Module, dtype: torch.dtype) -> bool:
     """Whether attention takes rows of any length without compiling and keeping something for each."""
-    config: Any = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+    if not found or any(type(module).__name__ not in REPLACED for module in found):
+        return False
     some = torch.empty(0, 32, dtype=dtype, device=next(model.parameters()).device)
-    kinds = {type(module).__name__ for module in model.modules()}
-    return tiled.usable(some, width) and not any(k.endswith("Attention") and k not in REPLACED for k in kinds)
+    return all(tiled.usable(some, getattr(module, "head_dim", 0) or 1) for module in found)
 
 
 def replace_attention(model: nn.Module) -> None:

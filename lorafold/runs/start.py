@@ -21,7 +21,8 @@ from lorafold.runs.display import Display, training_note
 from lorafold.runs.folder import ADAPTER, Run, RunFolder, check_folder, read_run
 from lorafold.runs.prepare import PreparedData, prepare
 from lorafold.runs.report import write_report
-from lorafold.train.loop import Step, rows_per_step, total_steps, train_steps
+from lorafold.train.budget import Plan
+from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, plan_step, rows_per_step, total_steps, train_steps
 from lorafold.train.memory import peak_bytes, restart_peak
 
 
@@ -65,13 +66,16 @@ def _run(
     display: Display,
 ) -> dict[str, Any]:
     training, held_out = config.training, data.held_out.rows
-    before = _evaluate(loaded, held_out, display, folder, config, 0)
+    loading = peak_bytes()  # planning counts anew
+    plan = plan_step(loaded, data.train.rows, training)
+    display.say(plan.describe())
+    before = _evaluate(loaded, held_out, display, folder, config, plan, 0)
     display.say(f"held-out loss before: {before:.4f}")
     asked = data.examples[: training.sample_rows]
     samples_before = sample(loaded, asked, config, display, "samples before")
-    steps = _train(config, loaded, data, folder, display, before)
+    steps = _train(config, loaded, data, folder, display, plan, before)
     save_adapter(folder.path / ADAPTER, loaded, config.adapter)
-    after = _evaluate(loaded, held_out, display, folder, config, len(steps))
+    after = _evaluate(loaded, held_out, display, folder, config, plan, len(steps))
     display.say(f"held-out loss after: {after:.4f} (before: {before:.4f})")
     samples_after = sample(loaded, asked, config, display, "samples after")
     folder.samples(
@@ -87,7 +91,7 @@ def _run(
         "trainable_parameters": injection.trainable,
         "samples_per_second": sum(step.rows for step in steps) / seconds,
         "tokens_per_second": sum(step.tokens for step in steps) / seconds,
-        "peak_memory_bytes": peak_bytes(),
+        "peak_memory_bytes": max(loading, peak_bytes()),
         "train_seconds": seconds,
         "steps": len(steps),
         "rows_per_step": rows_per_step(training),
@@ -105,20 +109,26 @@ def _run(
 
 
 def _train(
-    config: RunConfig, loaded: LoadedModel, data: PreparedData, folder: RunFolder, display: Display, before: float
+    config: RunConfig,
+    loaded: LoadedModel,
+    data: PreparedData,
+    folder: RunFolder,
+    display: Display,
+    plan: Plan,
+    before: float,
 ) -> list[Step]:
     training, rows = config.training, data.train.rows
     total = total_steps(len(rows), training)
     steps: list[Step] = []
     try:
         with display.bar("training", total) as advance:
-            for step in train_steps(loaded, rows, training, lambda plan: display.say(plan.describe())):
+            for step in train_steps(loaded, rows, training, plan):
                 steps.append(step)
                 folder.metric(**step.__dict__)
                 advance(1, training_note(step.loss, step.tokens / step.seconds))
                 if training.eval_steps and step.step % training.eval_steps == 0 and step.step < total:
                     loaded.model.eval()
-                    loss = _evaluate(loaded, data.held_out.rows, display, folder, config, step.step)
+                    loss = _evaluate(loaded, data.held_out.rows, display, folder, config, plan, step.step)
                     display.say(f"step {step.step}: held-out loss {loss:.4f} (before: {before:.4f})")
     except TrainingError as error:
         save_adapter(folder.path / ADAPTER, loaded, config.adapter)
@@ -137,10 +147,17 @@ def _train(
 
 
 def _evaluate(
-    loaded: LoadedModel, rows: Sequence[Any], display: Display, folder: RunFolder, config: RunConfig, step: int
+    loaded: LoadedModel,
+    rows: Sequence[Any],
+    display: Display,
+    folder: RunFolder,
+    config: RunConfig,
+    plan: Plan,
+    step: int,
 ) -> float:
+    most, shared = min(plan.micro_batch_tokens, MICRO_BATCH_TOKENS), config.training.shared_prefix_tokens or None
     with display.bar("evaluating", len(rows)) as advance:
-        loss = evaluate(loaded, rows, progress=advance, shared=config.training.shared_prefix_tokens or None)
+        loss = evaluate(loaded, rows, most, progress=advance, shared=shared)
     folder.metric(step=step, eval_loss=loss)
     return loss
 
@@ -153,7 +170,7 @@ def sample(
     with display.bar(label, len(examples)) as advance:
         for example in examples:
             ids = prompt_ids(example, loaded.tokenizer, config.data.template)
-            out = generate(loaded, ids, config.training.sample_tokens)
+            out = generate(loaded, ids, config.training.sample_tokens, keep=config.training.memory is None)
             texts.append(loaded.tokenizer.decode(out, skip_special_tokens=True).strip())
             advance(1)
     return texts

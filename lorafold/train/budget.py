@@ -8,22 +8,25 @@ keeps the inputs of the blocks only.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lorafold.adapters.inject import group_parameters_once
+from lorafold.adapters.inject import adapted_layers, group_parameters_once
 from lorafold.data.packs import pack
 from lorafold.data.tokens import Tokens
 from lorafold.errors import TrainingError
 from lorafold.evals.loss import WHOLE, pack_loss
+from lorafold.models.attention import KEPT_TOKENS
 from lorafold.models.load import LoadedModel
 from lorafold.train.memory import free_at_once, peak_bytes, restart_peak
 
 _SPARE = 0.06  # of the budget: memory in pieces
 _TRIED = 256  # tokens of the pass that is measured
+_TRAINED_BYTES = 16  # of a trained number: its gradient, two moments, and what a step of AdamW makes in between
 
 
 @dataclass(frozen=True)
@@ -64,19 +67,22 @@ def plan_within(
     """
     free_at_once()
     longest = max(len(row) for row in rows)
-    largest = longest + WHOLE
-    row = min(rows, key=lambda row: abs(len(row) - _TRIED))
-    row = replace(row, supervised=[False] + [True] * (len(row) - 1))
-    fixed, each = _measure(loaded, row)
-    tokens = int((budget * (1 - _SPARE) - fixed) / each)
-    if tokens < largest or checkpointing:
-        checkpointing = True
-        with checkpointed(loaded, True):  # the block that is computed again is kept whole
-            each = each / loaded.model.config.num_hidden_layers + _bytes_per_token(loaded, row)
-        tokens = int((budget * (1 - _SPARE) - fixed) / each)
-    if tokens >= largest:
+    row = _to_try(loaded, rows)
+    training = loaded.model.training
+    loaded.model.train()
+    try:
+        fixed, each = _measure(loaded, row)
+        tokens = int((budget * (1 - _SPARE) - fixed) / each) - WHOLE
+        if tokens < longest or checkpointing:
+            checkpointing = True
+            with checkpointed(loaded, True):  # the block that is computed again is kept whole
+                each = each / loaded.model.config.num_hidden_layers + _bytes_per_token(loaded, row)
+            tokens = int((budget * (1 - _SPARE) - fixed) / each) - WHOLE
+    finally:
+        loaded.model.train(training)
+    if tokens >= longest:
         return Plan(min(tokens, most), checkpointing, budget)
-    needed = (fixed + each * largest) / (1 - _SPARE)
+    needed = (fixed + each * (longest + WHOLE)) / (1 - _SPARE)
     raise TrainingError(
         f"memory: the longest row has {longest} tokens, which takes {needed / 1e9:.2f} GB with this model and "
         f"adapter, and {budget / 1e9:.2f} GB are allowed; allow more, or cut rows with a smaller max_length"
@@ -96,25 +102,34 @@ def checkpointed(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
         loaded.model.gradient_checkpointing_disable()
 
 
-def _probe(loaded: LoadedModel, row: Tokens) -> int:
+def _to_try(loaded: LoadedModel, rows: Sequence[Tokens]) -> list[Tokens]:
+    """Rows of `_TRIED` tokens or more, all supervised; long ones where attention weights are kept."""
+    if loaded.row_align == 1:
+        row = min(rows, key=lambda row: abs(len(row) - _TRIED))
+    else:
+        row = max(rows, key=lambda row: (len(row) <= KEPT_TOKENS, len(row) if len(row) <= KEPT_TOKENS else -len(row)))
+    return [replace(row, supervised=[False] + [True] * (len(row) - 1))] * math.ceil(_TRIED / len(row))
+
+
+def _probe(loaded: LoadedModel, rows: Sequence[Tokens]) -> int:
     """A forward and backward pass; its tokens."""
-    batch = pack([row], loaded.row_align, None, WHOLE).to(loaded.device)
+    batch = pack(rows, loaded.row_align, None, WHOLE).to(loaded.device)
     pack_loss(loaded, batch).backward()
     return len(batch.ids)
 
 
-def _measure(loaded: LoadedModel, row: Tokens) -> tuple[float, float]:
-    """Bytes of everything but activations (process, model, decoded weights, logits, compiled code), and by token."""
-    loaded.model.train()
-    each = _bytes_per_token(loaded, row)  # compiles what is not compiled yet
+def _measure(loaded: LoadedModel, rows: Sequence[Tokens]) -> tuple[float, float]:
+    """Bytes of everything but activations (process, model, decoded weights, logits, optimizer), and by token."""
+    each = _bytes_per_token(loaded, rows)  # compiles what is not compiled yet
     restart_peak()
     with group_parameters_once(loaded.model):
-        tokens = _probe(loaded, row)
+        tokens = _probe(loaded, rows)
     loaded.model.zero_grad(set_to_none=True)
-    return peak_bytes() - each * tokens, each
+    trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    return peak_bytes() - each * tokens + _TRAINED_BYTES * trained, each
 
 
-def _bytes_per_token(loaded: LoadedModel, row: Tokens) -> float:
+def _bytes_per_token(loaded: LoadedModel, rows: Sequence[Tokens]) -> float:
     """What is kept for the backward pass, by token; parameters and what they share with activations not counted."""
     own = {p.untyped_storage().data_ptr() for p in loaded.model.parameters()}
     own |= {b.untyped_storage().data_ptr() for b in loaded.model.buffers()}
@@ -127,13 +142,8 @@ def _bytes_per_token(loaded: LoadedModel, row: Tokens) -> float:
         return tensor
 
     with group_parameters_once(loaded.model), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        own |= {leaf.untyped_storage().data_ptr() for leaf in _leaves(loaded)}
-        tokens = _probe(loaded, row)
+        for _, layer in adapted_layers(loaded.model):
+            own |= {leaf.untyped_storage().data_ptr() for leaf in layer._once or () if leaf is not None}
+        tokens = _probe(loaded, rows)
     loaded.model.zero_grad(set_to_none=True)
     return sum(kept.values()) / tokens
-
-
-def _leaves(loaded: LoadedModel) -> list[Tensor]:
-    """Offsets and scales that serve a whole step."""
-    pairs = [getattr(module, "_once", None) or () for module in loaded.model.modules()]
-    return [leaf for pair in pairs for leaf in pair if leaf is not None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +90,7 @@ def train_steps(
     loaded: LoadedModel,
     rows: Sequence[Tokens],
     config: TrainingConfig,
-    planned: Callable[[Plan], None] | None = None,
+    plan: Plan | None = None,
 ) -> Iterator[Step]:
     """Train the model's adapters, yielding after each optimizer step.
 
@@ -98,7 +98,7 @@ def train_steps(
         loaded: a model with adapters; every parameter that requires a gradient is trained.
         rows: tokenized rows.
         config: with `learning_rate` resolved.
-        planned: is told how steps are computed, before the first.
+        plan: how steps are computed, if that is known already.
 
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those before that step. Or the longest row
@@ -107,9 +107,7 @@ def train_steps(
     assert config.learning_rate is not None
     parameters = [p for p in loaded.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    plan = plan_step(loaded, rows, config)
-    if planned:
-        planned(plan)
+    plan = plan or plan_step(loaded, rows, config)
     torch.manual_seed(config.seed)
     total = total_steps(len(rows), config)
     shared = None if drops_out(loaded.model) else config.shared_prefix_tokens or None

@@ -118,7 +118,7 @@ def test_loss_and_gradients_equal_pefts(folder: Path, base: PreTrainedModel) -> 
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_twenty_steps_equal_pefts(folder: Path, base: PreTrainedModel, accumulation: int) -> None:
+def test_fifty_steps_equal_pefts(folder: Path, base: PreTrainedModel, accumulation: int) -> None:
     """The loop against one written from the text books: padded nothing, plain AdamW, mean over supervised tokens."""
     loaded, theirs = pair(folder, base)
     rows = token_rows(18)
@@ -126,7 +126,7 @@ def test_twenty_steps_equal_pefts(folder: Path, base: PreTrainedModel, accumulat
         per_device_train_batch_size=4 // accumulation,
         gradient_accumulation_steps=accumulation,
         learning_rate=2e-3,
-        max_steps=20,
+        max_steps=50,
         warmup_ratio=0.0,
         lr_scheduler_type="constant",
         weight_decay=0.01,
@@ -136,7 +136,7 @@ def test_twenty_steps_equal_pefts(folder: Path, base: PreTrainedModel, accumulat
     )
     steps = list(train_steps(loaded, rows, config))
     expected = list(peft_training(theirs, rows, config))
-    assert [step.step for step in steps] == list(range(1, 21))
+    assert [step.step for step in steps] == list(range(1, 51))
     assert steps[-1].loss < steps[0].loss - 0.5
     assert any(norm > 1 for _, norm in expected)  # clipping takes part
     # rounding (1e-7) grows a little with every step, since AdamW divides by the size of the gradient

@@ -25,7 +25,7 @@ PATHS = pytest.mark.parametrize("path", ["plain", "sdpa"])
 @pytest.fixture
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces the plain products or torch's kernel, whatever the length."""
-    monkeypatch.setattr(attention, "_PLAIN_TOKENS", {"plain": 10**9, "sdpa": 0}[request.param])
+    monkeypatch.setattr(attention, "KEPT_TOKENS", {"plain": 10**9, "sdpa": 0}[request.param])
     return request.param
 
 
@@ -111,7 +111,7 @@ def test_gradients_of_both_paths_and_of_transformers_agree(
 ) -> None:
     ids = tiny_ids(33)
     plain = embedding_gradient(model, input_ids=ids, use_cache=False)
-    monkeypatch.setattr(attention, "_PLAIN_TOKENS", 0)
+    monkeypatch.setattr(attention, "KEPT_TOKENS", 0)
     flash = embedding_gradient(model, input_ids=ids, use_cache=False)
     model.set_attn_implementation("eager")
     try:
@@ -170,7 +170,7 @@ DENSE_CASES = [
 def test_equals_a_dense_computation_in_float64(
     monkeypatch: pytest.MonkeyPatch, path: str, heads: int, kv_heads: int, tokens: int, seen: int, window: int | None
 ) -> None:
-    monkeypatch.setattr(attention, "_PLAIN_TOKENS", 0 if path == "sdpa" else 10**9)
+    monkeypatch.setattr(attention, "KEPT_TOKENS", 0 if path == "sdpa" else 10**9)
     q, k, v = torch.randn(heads, tokens, 16), torch.randn(kv_heads, seen, 16), torch.randn(kv_heads, seen, 16)
     at = torch.arange(seen - tokens, seen)[:, None]
     hidden = (torch.arange(seen) > at) | (torch.arange(seen) <= at - (window or seen + 1))
@@ -200,7 +200,7 @@ def test_segments_that_are_not_the_whole_pack_are_refused() -> None:
 @PATHS
 def test_training_after_inference_mode(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     """A mask cached in inference mode must not be one that backward refuses."""
-    monkeypatch.setattr(attention, "_PLAIN_TOKENS", 0 if path == "sdpa" else 10**9)
+    monkeypatch.setattr(attention, "KEPT_TOKENS", 0 if path == "sdpa" else 10**9)
     q, k = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
     with torch.inference_mode():
         packed_attention(nn.Module(), q, k, k, None, 0.25, sliding_window=4)
@@ -212,7 +212,7 @@ def test_training_after_inference_mode(monkeypatch: pytest.MonkeyPatch, path: st
 
 @PATHS
 def test_bfloat16(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    monkeypatch.setattr(attention, "_PLAIN_TOKENS", 0 if path == "sdpa" else 10**9)
+    monkeypatch.setattr(attention, "KEPT_TOKENS", 0 if path == "sdpa" else 10**9)
     q, k, v = torch.randn(1, 4, 40, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
     full, _ = packed_attention(nn.Module(), q, k, v, None, 0.25, segments=[17, 23], sliding_window=8)
     half, _ = packed_attention(
@@ -227,7 +227,7 @@ def test_the_plain_path_ends_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> No
     q, k, v = torch.randn(1, 4, 30, 16), torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16)
     outs = []
     for limit in (0, 10, 30):
-        monkeypatch.setattr(attention, "_PLAIN_TOKENS", limit)
+        monkeypatch.setattr(attention, "KEPT_TOKENS", limit)
         outs.append(packed_attention(nn.Module(), q, k, v, None, 0.25, segments=[10, 20])[0])
     torch.testing.assert_close(outs[0], outs[1], atol=ATOL, rtol=0)
     torch.testing.assert_close(outs[0], outs[2], atol=ATOL, rtol=0)

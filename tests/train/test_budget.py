@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from lorafold.files import parse_bytes
 from lorafold.models.load import LoadedModel, load
 from lorafold.train import budget
 from lorafold.train.budget import Plan, plan_within
-from lorafold.train.loop import train_steps
+from lorafold.train.loop import plan_step, train_steps
 
 ROWS = [Tokens(list(range(2, 2 + n)), [False] + [True] * (n - 1), i) for i, n in enumerate([20, 90, 50, 30])]
 
@@ -54,10 +56,10 @@ def test_plans(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = loaded.model.config.num_hidden_layers
     again = 100 + 1000 / layers
     assert plan_within(10**8, loaded, ROWS, 4096) == Plan(4096, False, 10**8)
-    assert plan_within(2 * 10**6, loaded, ROWS, 4096) == Plan(int((0.94 * 2e6 - 1e6) / 1000), False, 2 * 10**6)
+    assert plan_within(2 * 10**6, loaded, ROWS, 4096) == Plan(int((0.94 * 2e6 - 1e6) / 1000) - 64, False, 2 * 10**6)
     assert plan_within(2 * 10**6, loaded, ROWS, 4096, checkpointing=True).checkpointing
     tight = int((1e6 + 120 * 1000) / 0.94)  # 120 tokens, and the longest row takes 90 and the rest of a pack
-    assert plan_within(tight, loaded, ROWS, 4096) == Plan(int((0.94 * tight - 1e6) / again), True, tight)
+    assert plan_within(tight, loaded, ROWS, 4096) == Plan(int((0.94 * tight - 1e6) / again) - 64, True, tight)
     with pytest.raises(TrainingError, match=r"longest row has 90 tokens, which takes 0\.00 GB.*max_length"):
         plan_within(10**6, loaded, ROWS, 4096)
 
@@ -66,12 +68,12 @@ def test_what_a_token_keeps_is_counted(loaded: LoadedModel) -> None:
     """Rows of other lengths give the same by token; checkpointing keeps less; the model is left as it was."""
     state = {key: value.clone() for key, value in adapter_state(loaded.model).items()}
     loaded.model.train()
-    each = [budget._bytes_per_token(loaded, row) for row in ROWS[:2]]
+    each = [budget._bytes_per_token(loaded, [row]) for row in ROWS[:2]]
     assert each[0] == pytest.approx(each[1], rel=0.3)  # attention weights of this small model grow with the row
     config = loaded.model.config
     assert each[1] > 4 * config.num_hidden_layers * (2 * config.intermediate_size + 4 * config.hidden_size)
     with budget.checkpointed(loaded, True):
-        assert budget._bytes_per_token(loaded, ROWS[1]) < each[1] / 2
+        assert budget._bytes_per_token(loaded, [ROWS[1]]) < each[1] / 2
     assert all(p.grad is None for p in loaded.model.parameters())
     assert all(torch.equal(state[key], value) for key, value in adapter_state(loaded.model).items())
 
@@ -85,13 +87,43 @@ def test_the_result_is_the_same(loaded: LoadedModel, monkeypatch: pytest.MonkeyP
     for key, value in adapter_state(loaded.model).items():
         value.data.copy_(state[key])
     _with(monkeypatch, 1e6, 3000.0 if again else 1000.0, 10.0)
-    plans: list[Plan] = []
-    limited = replace(config, memory="1.4MB")
-    losses = [step.loss for step in train_steps(loaded, ROWS, limited, plans.append)]
-    assert [plan.checkpointing for plan in plans] == [again]
+    plan = plan_step(loaded, ROWS, replace(config, memory="1.4MB"))
+    assert plan.checkpointing == again
+    losses = [step.loss for step in train_steps(loaded, ROWS, config, plan)]
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def test_too_little_memory_ends_before_the_first_step(loaded: LoadedModel) -> None:
     with pytest.raises(TrainingError, match="longest row"):
         next(train_steps(loaded, ROWS, TrainingConfig(learning_rate=1e-3, memory="1MB")))
+
+
+PEAK = """
+import sys
+import torch
+from lorafold.adapters.inject import inject
+from lorafold.config import AdapterSpec, TrainingConfig
+from lorafold.data.tokens import Tokens
+from lorafold.models.load import compute_dtype, load
+from lorafold.train.loop import train_steps
+from lorafold.train.memory import peak_bytes, restart_peak, resident_bytes
+
+torch.set_num_threads(1)
+loaded = load("smollm2", compute_dtype())
+inject(loaded.model, AdapterSpec("lora", 64))
+sizes = [150, 170, 190, 210, 230, 250]
+rows = [Tokens(torch.randint(9, 9999, (n,)).tolist(), [False] + [True] * (n - 1), i) for i, n in enumerate(sizes)]
+budget = resident_bytes() + int(sys.argv[1])
+steps = train_steps(loaded, rows, TrainingConfig(6, learning_rate=1e-3, max_steps=2, memory=f"{budget // 1000}KB"))
+next(steps)
+restart_peak()
+next(steps)
+print(peak_bytes(), budget)
+"""
+
+
+def test_the_process_stays_below() -> None:
+    """The second step of a real model, with optimizer states of 156 MB, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", PEAK, str(850_000_000)], check=True, capture_output=True, text=True)
+    peak, allowed = map(int, done.stdout.split())
+    assert 0.5 * allowed < peak <= allowed
