@@ -31,6 +31,8 @@ from lorafold.kernels.tiles import (
     workspace,
 )
 
+_MOST_BYTES = 64 << 20  # of a thread
+
 
 @njit(inline="always")
 def _up(n):
@@ -273,6 +275,11 @@ class Layout:
         self.spills = (shared, spill_at)
         self.spilled = torch.tensor(tokens, dtype=torch.int64)
         self.shared_tokens = self.spilled.unique()
+
+
+def most_tokens(group: int) -> int:
+    """The longest row, where so many query heads share a key head: a thread keeps 4 bytes for each of their weights."""
+    return int((_MOST_BYTES / (4 * group)) ** 0.5) // 32 * 32
 
 
 def usable(q: Tensor, width: int) -> bool:

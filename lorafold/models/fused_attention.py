@@ -147,12 +147,11 @@ def attention_forward(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The forward pass of an attention module: hidden states [1, T, N] -> [1, T, N], and no attention weights."""
-    if (
-        segments is None
-        or longest(segments, parents) > MOST_TOKENS
-        or past_key_values is not None
-        or not block.usable(hidden_states)
-    ):
+    width = position_embeddings[0].shape[-1]
+    is_tiled = block.usable(hidden_states) and tiled.usable(hidden_states, width)
+    most = tiled.most_tokens(module.num_key_value_groups) if is_tiled else MOST_TOKENS
+    fits = segments is not None and longest(segments, parents) <= most
+    if segments is None or not fits or past_key_values is not None or not block.usable(hidden_states):
         options |= {"segments": segments, "parents": parents}
         return type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, past_key_values, **options
@@ -162,8 +161,8 @@ def attention_forward(
     assert len(hidden_states) == 1  # rows lie end to end
     owner = module.config if type(module).__name__ == "MistralAttention" else module  # Qwen2 says it layer by layer
     window = getattr(owner, "sliding_window", None)
-    window, parents = window or MOST_TOKENS, parents or [-1] * len(segments)
-    if tiled.usable(q, cos.shape[1]):
+    window, parents = window or most, parents or [-1] * len(segments)
+    if is_tiled:
         layout = _layout(tuple(segments), tuple(parents), k.shape[1] // cos.shape[1])
         out = _TileAttention.apply(q, k, v, cos, sin, layout, module.scaling, window)
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,7 @@ from lorafold.models.attention import KEPT_TOKENS
 from lorafold.models.load import LoadedModel
 from lorafold.train.memory import free_at_once, peak_bytes, restart_peak
 
-_SPARE = 0.06  # of the budget: memory in pieces
+_SPARE = 0.05  # of the budget: memory in pieces
 _TRIED = 256  # tokens of the pass that is measured
 _TRAINED_BYTES = 16  # of a trained number: its gradient, two moments, and what a step of AdamW makes in between
 
@@ -99,7 +100,9 @@ def checkpointed(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        loaded.model.gradient_checkpointing_disable()
+        with warnings.catch_warnings():  # transformers names it anew
+            warnings.simplefilter("ignore", FutureWarning)
+            loaded.model.gradient_checkpointing_disable()
 
 
 def _to_try(loaded: LoadedModel, rows: Sequence[Tokens]) -> list[Tokens]:
