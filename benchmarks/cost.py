@@ -4,7 +4,7 @@
 
 QA-LoRA on all linear layers of llama-shaped models with random Q4_1 weights and SmolLM2's tokenizer; rows of random
 tokens, all of them supervised but the first. Every measurement is a process of its own: one step to warm up, then the
-median of three. Writes cost.md and cost.svg.
+median of three. Prints tables, and writes cost.svg.
 """
 
 from __future__ import annotations
@@ -172,7 +172,6 @@ def main() -> None:
             lines.append("")
     print("\n".join(lines))
     if args.output:
-        (args.output / "cost.md").write_text("\n".join(lines))
         plot(found, args.output / "cost.svg")
 
 

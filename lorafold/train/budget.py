@@ -96,11 +96,13 @@ def checkpointed(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+    with warnings.catch_warnings():  # transformers has newer names for both
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        with warnings.catch_warnings():  # transformers names it anew
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             loaded.model.gradient_checkpointing_disable()
 
