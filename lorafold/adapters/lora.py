@@ -41,7 +41,7 @@ class _LoRALinear(torch.autograd.Function):
 
 
 class LoRA(nn.Module):
-    """The low-rank branch of one linear layer; it works on activations and never asks what the base is.
+    """The low-rank branch of one linear layer; of the base it wants the dense weight, however that is stored.
 
     A starts as PEFT's (Kaiming uniform with a = sqrt 5), B as zero, so the first output is the base's.
 

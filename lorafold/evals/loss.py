@@ -83,33 +83,34 @@ def hidden_states(loaded: LoadedModel, batch: Pack) -> Tensor:
 
 @contextlib.contextmanager
 def head_once(loaded: LoadedModel) -> Iterator[None]:
-    """Inside, a packed head is decoded once, at its first use, and serves every pack."""
-    loaded.keeps_head = True
+    """Inside, a packed head is decoded once and serves every pack."""
+    loaded.head_weight = _frozen_head(loaded)
     try:
         yield
     finally:
-        loaded.keeps_head, loaded.head_weight = False, None
+        loaded.head_weight = None
 
 
-def _head_weight(loaded: LoadedModel, head: nn.Linear | QuantLinear) -> Tensor:
-    if isinstance(head, nn.Linear):
-        return head.weight
-    weight = head.packed.decode(loaded.dtype) if loaded.head_weight is None else loaded.head_weight
-    if loaded.keeps_head:
-        loaded.head_weight = weight
-    return weight
+def _frozen_head(loaded: LoadedModel) -> Tensor | None:
+    """The weight of a head that is a frozen matrix and nothing more."""
+    config, head = loaded.model.config, loaded.model.get_output_embeddings()
+    if not isinstance(head, nn.Linear | QuantLinear) or any(p.requires_grad for p in head.parameters()):
+        return None
+    if head.bias is not None or any(getattr(config, key, None) for key in _LOGIT_CHANGES):
+        return None
+    return head.packed.decode(loaded.dtype) if isinstance(head, QuantLinear) else head.weight
 
 
 def pack_loss(loaded: LoadedModel, batch: Pack) -> Tensor:
     """Sum of the cross-entropies (nats) of a pack's targets, differentiable."""
-    model, head = loaded.model, loaded.model.get_output_embeddings()
-    assert head is not None
-    frozen = isinstance(head, nn.Linear | QuantLinear) and not any(p.requires_grad for p in head.parameters())
-    if frozen and head.bias is None and not any(getattr(model.config, key, None) for key in _LOGIT_CHANGES):
-        weight = _head_weight(loaded, head)
-        total: Tensor = _FrozenHeadLoss.apply(hidden_states(loaded, batch), weight, batch.targets)  # type: ignore[assignment]
+    weight = _frozen_head(loaded) if loaded.head_weight is None else loaded.head_weight
+    hidden = hidden_states(loaded, batch)
+    if weight is not None:
+        total: Tensor = _FrozenHeadLoss.apply(hidden, weight, batch.targets)  # type: ignore[assignment]
         return total
-    return _general_loss(model, head, hidden_states(loaded, batch), batch.targets)
+    head = loaded.model.get_output_embeddings()
+    assert head is not None
+    return _general_loss(loaded.model, head, hidden, batch.targets)
 
 
 def logits_of(model: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from lorafold.kernels import attention as tiled
 from lorafold.kernels import block
 from lorafold.kernels.attention import Layout
-from lorafold.models.attention import joined, paths
+from lorafold.models.attention import KEPT_TOKENS, joined, paths
 
 # classes with projections, rotary queries and keys, softmax(scaling q k) v and one more projection
 REPLACED = ("LlamaAttention", "Qwen2Attention", "MistralAttention")
-MOST_TOKENS = 640  # the longest row whose attention weights are kept; above, the flash kernel is as fast
 
 
 class _PackAttention(torch.autograd.Function):
@@ -100,8 +99,7 @@ class _TileAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cos, sin = ctx.saved_tensors
-        dy = grads[0].contiguous()
-        return *tiled.backward(q, k, v, cos, sin, ctx.layout, ctx.scale, ctx.window, dy), *[None] * 5
+        return *tiled.backward(q, k, v, cos, sin, ctx.layout, ctx.scale, ctx.window, grads[0]), *[None] * 5
 
 
 @lru_cache(maxsize=4)
@@ -149,7 +147,7 @@ def attention_forward(
     """The forward pass of an attention module: hidden states [1, T, N] -> [1, T, N], and no attention weights."""
     width = position_embeddings[0].shape[-1]
     is_tiled = block.usable(hidden_states) and tiled.usable(hidden_states, width)
-    most = tiled.most_tokens(module.num_key_value_groups) if is_tiled else MOST_TOKENS
+    most = tiled.most_tokens(module.num_key_value_groups) if is_tiled else KEPT_TOKENS
     fits = segments is not None and longest(segments, parents) <= most
     if segments is None or not fits or past_key_values is not None or not block.usable(hidden_states):
         options |= {"segments": segments, "parents": parents}

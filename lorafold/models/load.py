@@ -65,7 +65,7 @@ class LoadedModel:
         bnb: the mapped folder, for a model quantized by bitsandbytes.
         bindings: module name -> place in the file, for a GGUF model.
         row_align: what the lengths of rows in a pack should be multiples of, see `pack`.
-        head_weight, keeps_head: the decoded head, while somebody asks for it again and again.
+        head_weight: the decoded head, while it is asked for again and again.
     """
 
     model: PreTrainedModel
@@ -78,7 +78,6 @@ class LoadedModel:
     bindings: dict[str, Binding] = field(default_factory=dict)
     row_align: int = 16
     head_weight: torch.Tensor | None = None
-    keeps_head: bool = False
 
     @property
     def device(self) -> torch.device:

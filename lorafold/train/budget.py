@@ -77,7 +77,7 @@ def plan_within(
         if tokens < longest or checkpointing:
             checkpointing = True
             with checkpointed(loaded, True):  # the block that is computed again is kept whole
-                each = each / loaded.model.config.num_hidden_layers + _bytes_per_token(loaded, row)
+                each = each / loaded.model.config.get_text_config().num_hidden_layers + _bytes_per_token(loaded, row)
             tokens = int((budget * (1 - _SPARE) - fixed) / each) - WHOLE
     finally:
         loaded.model.train(training)

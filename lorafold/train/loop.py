@@ -28,7 +28,7 @@ from lorafold.train.memory import keep_freed_memory
 from lorafold.train.schedule import learning_rate_at
 
 MICRO_BATCH_TOKENS = 1024  # where nobody says more
-MOST_TOKENS = 4096  # within a given memory; larger ones are no faster
+LARGEST_MICRO_BATCH = 4096  # tokens, within a given memory; larger ones are no faster
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,8 @@ def plan_step(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingConfi
         TrainingError: the longest row does not fit the memory that is allowed.
     """
     if config.memory_bytes is None:
-        keep_freed_memory()
         return Plan(config.micro_batch_tokens or MICRO_BATCH_TOKENS, config.gradient_checkpointing)
-    most = config.micro_batch_tokens or MOST_TOKENS
+    most = config.micro_batch_tokens or LARGEST_MICRO_BATCH
     return plan_within(config.memory_bytes, loaded, rows, most, config.gradient_checkpointing)
 
 
@@ -108,6 +107,8 @@ def train_steps(
     parameters = [p for p in loaded.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     plan = plan or plan_step(loaded, rows, config)
+    if plan.budget is None:  # otherwise planning has seen to it
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     total = total_steps(len(rows), config)
     shared = None if drops_out(loaded.model) else config.shared_prefix_tokens or None

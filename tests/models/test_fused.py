@@ -143,6 +143,14 @@ def _run(module: nn.Module, x: Tensor, tree: Segments, dy: Tensor) -> tuple[Tens
     return out.detach(), x.grad
 
 
+def _pair(module: nn.Module, tree: Segments, hidden: int) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """A module in bfloat16 and in float32, with transformers' forward pass, its input and its output's gradient."""
+    module.config._attn_implementation = attention.NAME  # type: ignore[union-attr]
+    narrow = copy.deepcopy(module.requires_grad_(False)).bfloat16()
+    x, dy = (torch.randn(1, sum(tree[0]), hidden).bfloat16() for _ in range(2))
+    return narrow, copy.deepcopy(narrow).float(), x, dy
+
+
 TREES = [
     ([9], [-1]),
     ([1, 6, 2], [-1, -1, -1]),
@@ -158,23 +166,18 @@ def test_attention(kind: str, tree: Segments, monkeypatch: pytest.MonkeyPatch) -
     """At most one and a half times as far from the float32 result as the same module in bfloat16 before."""
     torch.manual_seed(0)
     module, window = _modules()[kind]
-    module.config._attn_implementation = attention.NAME  # type: ignore[union-attr]
-    module.requires_grad_(False)
-    x, dy = (torch.randn(1, sum(tree[0]), 96).bfloat16() for _ in range(2))
-    narrow = copy.deepcopy(module).bfloat16()
-    wide = copy.deepcopy(narrow).float()
-    exact = _run(wide, x.float(), tree, dy)
-    before = _run(narrow, x, tree, dy)
+    narrow, wide, x, dy = _pair(module, tree, 96)
+    exact, before = _run(wide, x.float(), tree, dy), _run(narrow, x, tree, dy)
     replace_attention(narrow)
     seen: list[int] = []
     real = block.causal_softmax_
     monkeypatch.setattr(block, "causal_softmax_", lambda s, n, scale, w: (seen.append(w), real(s, n, scale, w)))
     after = _run(narrow, x, tree, dy)
-    assert seen == [window or fused_attention.MOST_TOKENS] * len(tree[0])
+    assert seen == [window or fused_attention.KEPT_TOKENS] * len(tree[0])
     for ours, theirs, truth in zip(after, before, exact, strict=True):
         assert _error(ours, truth) < 1.5 * _error(theirs, truth) + 1e-4
     # rows too long for it, or other types, go the old way
-    monkeypatch.setattr(fused_attention, "MOST_TOKENS", fused_attention.longest(*tree) - 1)
+    monkeypatch.setattr(fused_attention, "KEPT_TOKENS", fused_attention.longest(*tree) - 1)
     assert torch.equal(_run(narrow, x, tree, dy)[0], before[0])
     replace_attention(wide)
     assert torch.equal(_run(wide, x.float(), tree, dy)[0], exact[0])
@@ -198,13 +201,8 @@ def test_tiled_attention(kind: str, tree: Segments, width: int, monkeypatch: pyt
     """No farther from the float32 result than the same module in bfloat16, with a tenth for chance."""
     torch.manual_seed(0)
     module, window = _modules(6 * width)[kind]
-    module.config._attn_implementation = attention.NAME  # type: ignore[union-attr]
-    module.requires_grad_(False)
-    x, dy = (torch.randn(1, sum(tree[0]), 6 * width).bfloat16() for _ in range(2))
-    narrow = copy.deepcopy(module).bfloat16()
-    wide = copy.deepcopy(narrow).float()
-    exact = _run(wide, x.float(), tree, dy)
-    before = _run(narrow, x, tree, dy)
+    narrow, wide, x, dy = _pair(module, tree, 6 * width)
+    exact, before = _run(wide, x.float(), tree, dy), _run(narrow, x, tree, dy)
     replace_attention(narrow)
     seen: list[int] = []
     real = tiled.forward
