@@ -1,0 +1,27 @@
+"""Everything a run can be told, as frozen dataclasses; the command line and YAML files are made from them.
+
+Names that PEFT, transformers and TRL users know keep their meaning. Each field is documented where it
+is declared, checked in `__post_init__`, and written resolved into a run's `config.yaml`.
+"""
+
+from lorafold.config.adapter import DEFAULT_LEARNING_RATE, FULL, AdapterSpec, Method
+from lorafold.config.checks import check_positive, gather_faults
+from lorafold.config.data import DataConfig, RowsConfig
+from lorafold.config.quantize import QuantizeConfig
+from lorafold.config.run import RunConfig, option_names
+from lorafold.config.training import TrainingConfig
+
+__all__ = [
+    "DEFAULT_LEARNING_RATE",
+    "FULL",
+    "AdapterSpec",
+    "DataConfig",
+    "Method",
+    "QuantizeConfig",
+    "RowsConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "check_positive",
+    "gather_faults",
+    "option_names",
+]

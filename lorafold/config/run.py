@@ -1,0 +1,88 @@
+"""A whole run: the groups of options together, as they stand in a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lorafold.config.adapter import AdapterSpec
+from lorafold.config.checks import gather_faults, refuse
+from lorafold.config.data import DataConfig
+from lorafold.config.training import TrainingConfig
+from lorafold.errors import nearest
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: what `config.yaml` in a run folder holds, flat.
+
+    Attributes:
+        model: `.gguf` file, transformers folder, hub id, or `smollm2`.
+        output_dir: the run folder.
+        data, adapter, training: the three groups of options.
+    """
+
+    model: str
+    output_dir: Path
+    data: DataConfig
+    adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def resolved(self) -> RunConfig:
+        """The same run with every default that depends on something else written out, and paths that hold anywhere."""
+        data = replace(
+            self.data,
+            data=self.data.data.absolute(),
+            eval_data=self.data.eval_data.absolute() if self.data.eval_data else None,
+        )
+        model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
+        adapter = replace(self.adapter, lora_alpha=self.adapter.alpha)
+        rate = self.training.learning_rate or self.adapter.default_learning_rate
+        return replace(
+            self, model=model, data=data, adapter=adapter, training=replace(self.training, learning_rate=rate)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat mapping of plain values, ready for YAML."""
+        flat: dict[str, Any] = {"model": self.model, "output_dir": str(self.output_dir)}
+        for group in (self.adapter, self.data, self.training):
+            flat |= asdict(group)
+        return {key: _plain(value) for key, value in flat.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: unknown keys, each with the nearest known one, or values that are not allowed.
+        """
+        known = option_names()
+        unknown = [f"unknown key {key!r}{nearest(key, known)}" for key in values if key not in known]
+        refuse(unknown + [f"{key} is missing" for key in ("model", "output_dir", "data") if key not in values])
+        values = {**values, "output_dir": Path(values["output_dir"]), "data": Path(values["data"])}
+        if values.get("eval_data"):
+            values["eval_data"] = Path(values["eval_data"])
+        for key in ("target_modules", "exclude_modules"):
+            if key in values:
+                values[key] = (values[key],) if isinstance(values[key], str) else tuple(values[key])
+        with gather_faults():
+            groups = {
+                name: kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+                for name, kind in _GROUPS.items()
+            }
+        return cls(values["model"], values["output_dir"], **groups)
+
+
+_GROUPS: dict[str, Any] = {"adapter": AdapterSpec, "data": DataConfig, "training": TrainingConfig}
+
+
+def option_names() -> list[str]:
+    """Every key a configuration file may hold."""
+    return ["model", "output_dir", *(f.name for kind in _GROUPS.values() for f in fields(kind))]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

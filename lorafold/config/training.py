@@ -1,0 +1,94 @@
+"""How it is learned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lorafold.config.checks import not_positive, refuse
+from lorafold.files import parse_bytes
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How it is learned.
+
+    Attributes:
+        per_device_train_batch_size: rows of a forward and backward pass (split further by micro_batch_tokens).
+        gradient_accumulation_steps: passes before an optimizer step; the loss is averaged over all their tokens.
+        learning_rate: of AdamW; the default depends on the method.
+        num_train_epochs: passes over the data.
+        max_steps: optimizer steps, instead of epochs.
+        warmup_ratio: share of the steps in which the learning rate rises from 0.
+        lr_scheduler_type: `linear` or `cosine` decay to 0, or `constant`.
+        weight_decay: AdamW's decoupled decay.
+        max_grad_norm: gradients are scaled down to this norm; 0 turns that off.
+        eval_steps: evaluate every N steps as well as before and after.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        micro_batch_tokens: most tokens computed at once, 1,024 if not given; changes speed and memory, not the result.
+        memory: what the process (or GPU) may take, such as `2GB`; micro-batches and checkpointing are chosen to fit.
+        shared_prefix_tokens: rows of a step that begin with so many equal tokens or more compute these once, which
+            changes no result; 0 never. With dropout nothing is shared.
+        dtype: of activations: `auto` is bfloat16 where the processor has it, else float32.
+        device: `cpu`, `cuda`, or `auto`.
+        seed: of initialization, order and dropout.
+        sample_rows: held-out rows whose completions are generated before and after training.
+        sample_tokens: longest generated sample, in tokens.
+    """
+
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float | None = None
+    num_train_epochs: float = 1.0
+    max_steps: int | None = None
+    warmup_ratio: float = 0.05
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_steps: int | None = None
+    gradient_checkpointing: bool = False
+    micro_batch_tokens: int | None = None
+    memory: str | None = None
+    shared_prefix_tokens: int = 24
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 42
+    sample_rows: int = 3
+    sample_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        faults = not_positive(
+            self,
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "num_train_epochs",
+            "max_steps",
+            "eval_steps",
+            "micro_batch_tokens",
+            "sample_tokens",
+        )
+        if self.memory is not None and self.memory_bytes is None:
+            faults.append(f"memory is {self.memory!r}; write a number and a unit, such as 2GB, 1.5GiB or 900MB")
+        if not 0 <= self.warmup_ratio < 1:
+            faults.append(f"warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)")
+        if self.lr_scheduler_type not in ("linear", "cosine", "constant"):
+            faults.append(f"lr_scheduler_type is {self.lr_scheduler_type!r}; linear, cosine and constant are known")
+        faults += [
+            f"{name} is {getattr(self, name)}; it must be 0 or positive"
+            for name in ("weight_decay", "max_grad_norm", "sample_rows", "seed", "shared_prefix_tokens")
+            if not 0 <= getattr(self, name) < math.inf
+        ]
+        if self.seed >= 1 << 63:
+            faults.append(f"seed is {self.seed}; it must be below 2^63")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            faults.append(f"dtype is {self.dtype!r}; auto, float32 and bfloat16 are known")
+        if self.device not in ("auto", "cpu", "cuda"):
+            faults.append(f"device is {self.device!r}; auto, cpu and cuda are known")
+        refuse(faults)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes; None where it is not given, or is no positive number with a unit."""
+        return parse_bytes(str(self.memory or ""))
