@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafold.adapters.inject import linear_layers
+from lorafold.adapters.targets import linear_layers
 from lorafold.config import AdapterSpec, DataConfig, QuantizeConfig, RowsConfig, RunConfig, TrainingConfig
 from lorafold.data.rows import Example
 from lorafold.data.tokens import Tokens, tokenize

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from lorafold.adapters.inject import linear_layers
+from lorafold.adapters.targets import linear_layers
 from lorafold.models.load import load
 from lorafold.quant.linear import QuantLinear
 from lorafold.quant.weight import QuantizedWeight

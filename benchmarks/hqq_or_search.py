@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafold.adapters.inject import linear_layers
+from lorafold.adapters.targets import linear_layers
 from lorafold.data.rows import Example
 from lorafold.data.tokens import tokenize
 from lorafold.evals.loss import evaluate

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from lorafold.adapters.inject import group_parameters_once, inject
+from lorafold.adapters.adapted import parameters_once
+from lorafold.adapters.inject import inject
 from lorafold.config import AdapterSpec
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.rows import Example
@@ -61,7 +62,7 @@ def step_seconds(loaded: LoadedModel, rows: Sequence[Tokens], shared: int | None
     """Seconds and loss of a step, and how many tokens were computed."""
     began, total, tokens = time.perf_counter(), 0.0, 0
     ordered = sorted(rows, key=lambda row: row.ids) if shared is not None else list(rows)
-    with group_parameters_once(loaded.model):
+    with parameters_once(loaded.model):
         for group in micro_batches(ordered, MICRO_BATCH_TOKENS, loaded.row_align, shared):
             batch = pack(group, loaded.row_align, shared, WHOLE)
             loss = pack_loss(loaded, batch)

@@ -67,7 +67,8 @@ def run_lorafold(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[st
     """Train with LoraFold; returns seconds and losses per step."""
     import torch
 
-    from lorafold.adapters.inject import inject, linear_layers
+    from lorafold.adapters.inject import inject
+    from lorafold.adapters.targets import linear_layers
     from lorafold.config import AdapterSpec, TrainingConfig
     from lorafold.data.packs import pack
     from lorafold.data.rows import Example

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorafold.adapters.inject import adapted_layers
+from lorafold.adapters.adapted import adapted_layers
 from lorafold.cli.main import run
 from lorafold.data.tokens import Tokens
 from lorafold.models.gguf_file import GGUFFile

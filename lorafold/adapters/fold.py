@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorafold.adapters.adapted import AdaptedLayer, adapted_layers
 from lorafold.adapters.group import GroupAdapter
-from lorafold.adapters.inject import AdaptedLinear, adapted_layers
 from lorafold.adapters.lora import LoRA
 from lorafold.errors import FoldError, bullet_list
 from lorafold.quant.codecs import CODECS, GGUF_CODECS
-from lorafold.quant.linear import QuantLinear
+from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import QuantizedWeight, encode, steps_apart
 
 LEAST_KEPT = 0.99  # a fold that keeps less of an update than this is refused
@@ -96,7 +96,7 @@ def _storable(result: LayerFold) -> bool:
 
 
 @torch.no_grad()
-def _fold_layer(path: str, layer: AdaptedLinear, adapter: GroupAdapter) -> LayerFold:
+def _fold_layer(path: str, layer: AdaptedLayer, adapter: GroupAdapter) -> LayerFold:
     assert isinstance(layer.base, QuantLinear)
     packed = layer.base.packed
     codec, blocks = packed.format, packed.blocks
@@ -121,17 +121,21 @@ def _fold_layer(path: str, layer: AdaptedLinear, adapter: GroupAdapter) -> Layer
     return LayerFold(path, new, kept_fraction(realized, wanted), error)
 
 
-def base_weight(base: nn.Linear | QuantLinear, offset: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """Dense float32 weight [out, in] of a layer without its adapters; `offset`, `scale` replace the stored ones."""
-    return base.packed.decode(torch.float32, offset, scale) if isinstance(base, QuantLinear) else base.weight.float()
+def base_weight(base: nn.Module, offset: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """Dense float32 weight of a layer without its adapters; `offset`, `scale` replace the stored ones."""
+    if isinstance(base, QuantLinear | QuantEmbedding):
+        return base.packed.decode(torch.float32, offset, scale)
+    return base.weight.detach().float()  # type: ignore[union-attr, operator]
 
 
 @torch.no_grad()
-def merged_weight(layer: AdaptedLinear) -> Tensor:
-    """Dense float32 weight [out, in] of a layer with its active adapter merged in."""
-    base, adapter = layer.base, layer.adapter
-    weight = base_weight(base, layer.offset(), layer.scale())
-    return weight + adapter.delta().float() if isinstance(adapter, LoRA) else weight
+def merged_weight(layer: AdaptedLayer) -> Tensor:
+    """Dense float32 weight of a layer with its active adapters merged in, in the shape of the base's."""
+    weight = base_weight(layer.base, layer.offset(), layer.scale())
+    for adapter in layer.active_adapters():
+        if isinstance(adapter, LoRA):
+            weight = weight + adapter.delta()
+    return weight
 
 
 @torch.no_grad()

@@ -1,10 +1,15 @@
-"""LoRA (arXiv 2106.09685):  y = W0 x + s B A x,  with W0 frozen, A [r, in], B [out, r], s = alpha / r."""
+"""LoRA (arXiv 2106.09685):  y = W0 x + s B A x,  with W0 frozen, A [r, I], B [O, r], s = alpha / r.
+
+What A and B are shaped like on other layers than linear ones stands in `sites.py`, how they begin in `start.py`. With
+DoRA (arXiv 2402.09353) each output's weight has a learned length m and the direction of W0 + s B A:
+
+    y = (m / |W0 + s B A|) (W0 + s B A) x,    the norm taken over inputs and not differentiated (its section 4.3).
+"""
 
 # r rank, I input features, O output features
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorafold.adapters.sites import LinearSite
 from lorafold.quant.linear import QuantLinear, frozen_weight, multiply
 
 
@@ -41,37 +47,121 @@ class _LoRALinear(torch.autograd.Function):
 
 
 class LoRA(nn.Module):
-    """The low-rank branch of one linear layer; of the base it wants the dense weight, however that is stored.
-
-    A starts as PEFT's (Kaiming uniform with a = sqrt 5), B as zero, so the first output is the base's.
+    """The low-rank branch of one layer; of the base it wants the dense weight, however that is stored.
 
     Args:
-        in_features, out_features: I and O of the layer.
+        site: the frozen layer, and how LoRA sits on its kind.
         r: rank.
         scaling: s.
         dropout: probability of zeroing an input feature while training.
+        dora: learn lengths as well.
     """
 
-    def __init__(self, in_features: int, out_features: int, r: int, scaling: float, dropout: float = 0.0):
-        super().__init__()
-        self.scaling = scaling
-        self.dropout = dropout
-        self.lora_A = nn.Parameter(torch.empty(r, in_features))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+    lora_magnitude_vector: nn.Parameter
+    start_A: Tensor | None
+    start_B: Tensor | None
 
-    def forward(self, x: Tensor, base: nn.Linear | QuantLinear) -> Tensor:
-        """base(x) + s B A x for x [..., I] -> [..., O], computed in the type of x; one pass over the output."""
-        bias = base.bias
-        if not (self.training and self.dropout) and (weight := frozen_weight(base, x.dtype)):
-            y: Tensor = _LoRALinear.apply(x, self.lora_A, self.lora_B, self.scaling, weight)  # type: ignore[assignment]
-            return y if bias is None else y + bias.to(y.dtype)
-        y = base(x)
-        x = F.dropout(x, self.dropout, self.training)
-        hidden = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
-        out = torch.addmm(y.flatten(0, -2), hidden, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
-        return out.view_as(y)
+    def __init__(self, site: LinearSite, r: int, scaling: float, dropout: float = 0.0, dora: bool = False):
+        super().__init__()
+        self.site = site
+        self.scaling = scaling
+        self.dropout = dropout if site.linear else 0.0
+        self.dora = dora
+        a, b = site.shapes(r)
+        self.register_parameter(site.names[0], nn.Parameter(torch.empty(a)))
+        self.register_parameter(site.names[1], nn.Parameter(torch.zeros(b)))
+        if dora:
+            self.lora_magnitude_vector = nn.Parameter(torch.empty(b[0]))
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
+        self.kept_norm: Tensor | None = None  # while the weights stand still, see `parameters_once`
+
+    def learned(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        a, b = self.site.names
+        return getattr(self, a), getattr(self, b)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole update: with a start that is no zero, minus B0 A0, so the rank is 2 r then."""
+        a, b = self.learned()
+        if self.start_A is None or self.start_B is None:
+            return a, b
+        return torch.cat([a, self.start_A]), torch.cat([b, -self.start_B], 1)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """|W0 + s B A| of each output, [O] float32."""
+        if self.kept_norm is not None:
+            return self.kept_norm
+        return torch.linalg.vector_norm(self.site.matrix() + self._product(), dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The adapted layer's output for its input x, in the base's output type."""
+        base = self.site.base
+        plain = isinstance(base, nn.Linear | QuantLinear) and not (self.training and self.dropout)
+        weight = frozen_weight(base, x.dtype) if plain else None
+        if weight is None:
+            y = base(x)
+            return y + self.extra(x, y)
+        y: Tensor = _LoRALinear.apply(x, *self.factors(), self.scaling, weight)  # type: ignore[no-redef, assignment]
+        if self.dora:
+            y = y * (self.lora_magnitude_vector / self.norm()).to(y.dtype)
+        return y if base.bias is None else y + base.bias.to(y.dtype)
+
+    def extra(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the adapter adds to the base's output y for the input x."""
+        dropping = self.training and self.dropout > 0
+        seen = F.dropout(x, self.dropout, True) if dropping else x
+        if dropping and self.start_A is not None and self.start_B is not None:
+            added = self._branch(seen, self.learned(), y.dtype)  # what the start took from the base sees all of x
+            added = added - self._branch(x, (self.start_A, self.start_B), y.dtype)
+        else:
+            added = self._branch(seen, self.factors(), y.dtype)
+        if not self.dora:
+            return added
+        shape = [1] * y.dim()
+        shape[self.site.channel] = -1
+        length = (self.lora_magnitude_vector / self.norm()).to(y.dtype).view(shape)
+        plain, bias = self.site.base(seen) if dropping else y, getattr(self.site.base, "bias", None)
+        if bias is not None:
+            plain = plain - bias.to(y.dtype).view(shape)
+        return (length - 1) * plain + length * added
+
+    def _branch(self, x: Tensor, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        return self.scaling * self.site.branch(x, factors[0].to(dtype), factors[1].to(dtype))
+
+    def _product(self) -> Tensor:
+        a, b = self.factors()
+        return self.scaling * self.site.product(a.float(), b.float())
 
     def delta(self) -> Tensor:
-        """The update of the weight, s B A [O, I]."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+        """The update of the weight, in its shape, float32: s B A, with DoRA what lengths change as well."""
+        update = self._product()
+        if self.dora:
+            weight = self.site.matrix()
+            update = (self.lora_magnitude_vector / self.norm())[:, None] * (weight + update) - weight
+        return self.site.stored(update)
+
+
+class VeRA(LoRA):
+    """LoRA with  A = diag(d) R_A,  B = diag(b) R_B  and random R_A [r, >= I], R_B [>= O, r] that all layers share.
+
+    Source: arXiv 2310.11454. b begins as zero; the matrices are cut to the layer's size, as in PEFT.
+    """
+
+    vera_A: Tensor
+    vera_B: Tensor
+
+    def __init__(self, site: LinearSite, r: int, shared: tuple[Tensor, Tensor], d: float, dropout: float):
+        super().__init__(site, r, 1.0, dropout)
+        (_, self.width), (self.out, _) = site.shapes(r)
+        del self.lora_A, self.lora_B
+        self.register_buffer("vera_A", shared[0], persistent=False)
+        self.register_buffer("vera_B", shared[1], persistent=False)
+        self.vera_lambda_d = nn.Parameter(torch.full((r,), d))
+        self.vera_lambda_b = nn.Parameter(torch.zeros(self.out))
+
+    def learned(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        a, b = self.vera_A[:, : self.width], self.vera_B[: self.out]
+        return self.vera_lambda_d[:, None] * a, self.vera_lambda_b[:, None] * b

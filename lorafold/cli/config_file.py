@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def _as_options(key: str, value: Any) -> list[str]:
         return [option if value else "--no-" + option[2:]]
     if isinstance(value, list):
         return [f"{option}={item}" for item in value]
+    if isinstance(value, dict):
+        return [f"{option}={json.dumps(value)}"]
     return [f"{option}={value}"]
 
 

@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from lorafold.config.checks import refuse
 
-Method = Literal["qa-lora", "lora"]
 FULL = "full"
+INITIALIZATIONS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")  # and pissa_niter_N
 
 
-# AdamW's step is about the learning rate per element whatever the gradient, so the rate that suits a parametrization
-# follows from what one step does to a weight. Low ranks: half of the best rate of three or four in runs of 50 steps,
-# since longer runs want less; full: the best (docs/results/gsm8k.md).
-DEFAULT_LEARNING_RATE = {"lora": 1e-3, "qa-lora": 4e-3, "qa-lora full": 1e-3}
+@dataclass(frozen=True)
+class MethodInfo:
+    """One method of training.
+
+    Attributes:
+        summary: what it learns, in a few words.
+        options: fields of `AdapterSpec` that mean something to it, besides `method` and the targets.
+        learning_rate: default; AdamW's step is about the rate per element whatever the gradient, so the rate that suits
+            a parametrization follows from what one step does to a weight. Half of the best rate of three or four in
+            runs of 50 steps, since longer runs want less (docs/results/gsm8k.md).
+    """
+
+    summary: str
+    options: tuple[str, ...]
+    learning_rate: float
+
+
+_LOW_RANK = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+METHODS = {
+    "qa-lora": MethodInfo("offsets of a group-quantized base", (*_LOW_RANK, "adapt", "k_quants"), 4e-3),
+    "lora": MethodInfo(
+        "a low-rank update of any layer's weight",
+        (
+            *_LOW_RANK,
+            "lora_dropout",
+            "use_dora",
+            "init_lora_weights",
+            "target_parameters",
+            "bias",
+            "modules_to_save",
+        ),
+        1e-3,
+    ),
+    "vera": MethodInfo("two vectors a layer, between shared random matrices", ("r", "lora_dropout", "d_initial"), 1e-2),
+}
+DEFAULT_LEARNING_RATE = {name: info.learning_rate for name, info in METHODS.items()} | {"qa-lora full": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -23,36 +57,60 @@ class AdapterSpec:
     """What is learned, and where.
 
     Attributes:
-        method: `lora` (activations; any base) or `qa-lora` (offsets of a group-quantized base; folds exactly).
+        method: `lora` (activations; any base), `qa-lora` (offsets of a group-quantized base; folds exactly), or `vera`
+            (two vectors a layer between shared random matrices, arXiv 2310.11454).
         r: rank; `full` (qa-lora only) trains every offset directly.
         lora_alpha: the update is scaled by alpha / r; default 2 r. Unused with r = full.
-        lora_dropout: probability of zeroing an input feature of the adapter while training (lora only).
+        lora_dropout: probability of zeroing an input feature of the adapter while training (lora and vera).
         target_modules: `all-linear` (every linear layer but the head), layer names, or one regular expression.
         exclude_modules: layer names or one regular expression, taken out of the targets.
+        layers_to_transform: numbers of the blocks to adapt; all if not given.
+        target_parameters: names of parameters that belong to no layer of their own, such as the weights of experts
+            (lora only).
         use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
+        use_dora: learn the length of each output's weight apart from its direction (arXiv 2402.09353).
+        init_lora_weights: how A and B begin: `kaiming` (A uniform, B zero), `gaussian`, `orthogonal`, `pissa` (the
+            largest singular vectors, arXiv 2404.02948; `pissa_niter_N` is the fast approximation), `olora` (QR, arXiv
+            2406.01775), or `eva` (the inputs' largest singular vectors, arXiv 2410.07170).
+        rank_pattern, alpha_pattern: regular expressions of layer names -> rank, alpha, where these differ.
+        bias: which biases are trained: `none`, `all`, or `lora_only` (those of adapted layers).
+        modules_to_save: names of modules that are trained whole and stored with the adapter, such as a new head.
         adapt: what qa-lora learns of each group: `offset`, `scale` (any type with a scale per group, also Q8_0), or
             `both` (a third more time; the update is no LoRA, so it can be folded but not exported).
         k_quants: how qa-lora adapts Q4_K and Q5_K: `promote` to Q4_1 and Q5_1 first (float16 offsets; the file grows
             by half a bit per weight), or `in-place` (same file size; offsets move in the steps the format has).
+        d_initial: vera: what the vector of the inner dimension begins with.
     """
 
-    method: Method = "qa-lora"
+    method: Literal["qa-lora", "lora", "vera"] = "qa-lora"
     r: int | Literal["full"] = 8
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = ("all-linear",)
     exclude_modules: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    target_parameters: tuple[str, ...] = ()
     use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: str = "kaiming"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: tuple[str, ...] = ()
     adapt: Literal["offset", "scale", "both"] = "offset"
     k_quants: Literal["promote", "in-place"] = "promote"
+    d_initial: float = 0.1
 
     def __post_init__(self) -> None:
-        faults = []
-        if self.method not in ("qa-lora", "lora"):
-            faults.append(f"method is {self.method!r}; qa-lora and lora are known")
-        if self.r == FULL and self.method == "lora":
+        refuse(self._faults())
+
+    def _faults(self) -> list[str]:
+        if self.method not in METHODS:
+            return [f"method is {self.method!r}; {', '.join(METHODS)} are known"]
+        faults = self._foreign_options()
+        if self.r == FULL and self.method != "qa-lora":
             faults.append(
-                "r = full trains offsets directly, which only --method qa-lora can; give lora a rank such as 8"
+                f"r = full is for --method qa-lora, which can train all offsets; give {self.method} a rank such as 8"
             )
         if self.r != FULL and (type(self.r) is not int or self.r < 1):
             faults.append(f"r is {self.r!r}; it must be a positive whole number or 'full'")
@@ -60,17 +118,52 @@ class AdapterSpec:
             faults.append(f"lora_alpha is {self.lora_alpha}; it must be positive")
         if not 0 <= self.lora_dropout < 1:
             faults.append(f"lora_dropout is {self.lora_dropout}; it must lie in [0, 1)")
-        if self.lora_dropout and self.method == "qa-lora":
-            faults.append("lora_dropout acts on activations, which qa-lora never sees; leave it 0 or use --method lora")
-        if self.adapt not in ("offset", "scale", "both"):
-            faults.append(f"adapt is {self.adapt!r}; offset, scale and both are known")
-        if self.adapt != "offset" and self.method == "lora":
-            faults.append("adapt chooses what qa-lora learns of a group; lora learns neither offsets nor scales")
-        if self.k_quants not in ("promote", "in-place"):
-            faults.append(f"k_quants is {self.k_quants!r}; promote and in-place are known")
-        if not self.target_modules:
+        for name, known in (
+            ("adapt", ("offset", "scale", "both")),
+            ("k_quants", ("promote", "in-place")),
+            ("bias", ("none", "all", "lora_only")),
+        ):
+            if getattr(self, name) not in known:
+                faults.append(f"{name} is {getattr(self, name)!r}; {', '.join(known[:-1])} and {known[-1]} are known")
+        if not (self.target_modules or self.target_parameters):
             faults.append("target_modules is empty; all-linear adapts every linear layer but the head")
-        refuse(faults)
+        if any(number < 0 for number in self.layers_to_transform):
+            faults.append("layers_to_transform counts blocks from 0; it holds a negative number")
+        return faults + self._pattern_faults() + self._initialization_faults()
+
+    def _foreign_options(self) -> list[str]:
+        """Options that were given and mean nothing to this method."""
+        every = {name for info in METHODS.values() for name in info.options}
+        faults = []
+        for f in fields(self):
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            if f.name in every - set(METHODS[self.method].options) and getattr(self, f.name) != default:
+                takers = " or ".join(name for name, info in METHODS.items() if f.name in info.options)
+                faults.append(f"{f.name} means nothing to {self.method}; leave it out, or use --method {takers}")
+        return faults
+
+    def _pattern_faults(self) -> list[str]:
+        faults = []
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern: Mapping[str, Any] = getattr(self, name)
+            kinds = (int,) if name == "rank_pattern" else (int, float)
+            faults += [f"{name}: {key!r} is no regular expression" for key in pattern if not _is_regex(key)]
+            faults += [
+                f"{name}: {key!r} has {value!r}; it must be a positive {'whole ' * (kinds == (int,))}number"
+                for key, value in pattern.items()
+                if type(value) not in kinds or value <= 0
+            ]
+        if self.r == FULL and (self.rank_pattern or self.alpha_pattern):
+            faults.append("r = full has no rank, so rank_pattern and alpha_pattern mean nothing")
+        return faults
+
+    def _initialization_faults(self) -> list[str]:
+        start = self.init_lora_weights
+        if start not in INITIALIZATIONS and not re.fullmatch(r"pissa_niter_[1-9]\d*", str(start)):
+            return [f"init_lora_weights is {start!r}; {', '.join(INITIALIZATIONS)} are known"]
+        if start == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values()) if isinstance(r, int)):
+            return ["init_lora_weights orthogonal splits the rank in halves; give an even r"]
+        return []
 
     @property
     def alpha(self) -> float:
@@ -80,17 +173,40 @@ class AdapterSpec:
     @property
     def scaling(self) -> float:
         """alpha / r, or alpha / sqrt(r) with use_rslora; 1 where there is no rank."""
-        if not isinstance(self.r, int):
+        if not isinstance(self.r, int) or self.method == "vera":
             return 1.0
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def for_layer(self, path: str) -> AdapterSpec:
+        """The spec with `rank_pattern` and `alpha_pattern` applied to one layer."""
+        rank, alpha = _from_pattern(self.rank_pattern, path), _from_pattern(self.alpha_pattern, path)
+        if rank is None and alpha is None:
+            return self
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {"r": rank or self.r, "lora_alpha": alpha or self.alpha}
+        return AdapterSpec(**values)
 
     @property
     def label(self) -> str:
         """Short name for tables, such as `qa-lora r=8`."""
         what = {"offset": "", "scale": " scales", "both": " offsets and scales"}[self.adapt]
-        return f"{self.method} r={self.r}{what}"
+        start = "" if self.init_lora_weights == "kaiming" else f" {self.init_lora_weights}"
+        return f"{'dora' if self.use_dora else self.method} r={self.r}{what}{start}"
 
     @property
     def default_learning_rate(self) -> float:
         """The learning rate used when none is given."""
         return DEFAULT_LEARNING_RATE[f"{self.method} full" if self.r == FULL else self.method]
+
+
+def _from_pattern(pattern: Mapping[str, Any], path: str) -> Any:
+    """The first value whose expression matches a layer's name or its end, as PEFT reads patterns."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), None)
+
+
+def _is_regex(text: Any) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, TypeError):
+        return False
+    return True

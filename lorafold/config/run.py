@@ -63,9 +63,9 @@ class RunConfig:
         values = {**values, "output_dir": Path(values["output_dir"]), "data": Path(values["data"])}
         if values.get("eval_data"):
             values["eval_data"] = Path(values["eval_data"])
-        for key in ("target_modules", "exclude_modules"):
+        for key in (f.name for kind in _GROUPS.values() for f in fields(kind) if isinstance(f.default, tuple)):
             if key in values:
-                values[key] = (values[key],) if isinstance(values[key], str) else tuple(values[key])
+                values[key] = (values[key],) if isinstance(values[key], str | int) else tuple(values[key])
         with gather_faults():
             groups = {
                 name: kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})

@@ -1,16 +1,15 @@
 """Adapters on disk: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
-A LoRA adapter is stored exactly as PEFT stores it, so PEFT, vLLM and others read it. A QA-LoRA adapter is stored in
-its own small form (`peft_type` QA_LORA, which PEFT refuses by name instead of misreading); `lorafold export` expands
-it. The hash of the base weights and, for QA-LoRA, the pooling divisor stand in the safetensors header.
+Adapters that PEFT has are stored exactly as PEFT stores them (`peft_format.py`), so PEFT, vLLM and others read them. A
+QA-LoRA adapter is stored in its own small form (`peft_type` QA_LORA, which PEFT refuses by name instead of misreading);
+`lorafold export` expands it. The hash of the base weights and, for QA-LoRA, the pooling divisor stand in the
+safetensors header.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +17,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lorafold.adapters.group import GroupAdapter
-from lorafold.adapters.inject import (
-    Injection,
-    adapted_layers,
-    adapter_state,
-    attach,
-    linear_layers,
-    make_adapter,
-    prepare_group_bases,
-)
-from lorafold.adapters.lora import LoRA
+from lorafold.adapters.adapted import plain_parameter
+from lorafold.adapters.group_bases import prepare_group_bases
+from lorafold.adapters.inject import Injection, attach, attach_parameter, make_adapter, make_parameter_adapter
+from lorafold.adapters.targets import adaptable, linear_layers
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, ConfigError, bullet_list
 from lorafold.files import replacing_folder
 from lorafold.models.load import LoadedModel
+from lorafold.models.peft_format import (
+    PREFIX,
+    absent_layers,
+    malformed,
+    place,
+    spec_of,
+    stored_config,
+    stored_tensors,
+    unsupported,
+)
 from lorafold.models.tensors import save_tensors
 from lorafold.quant.linear import QuantLinear
 
 POOLING = "sqrt(group_size)"  # adapters/group.py
 CONFIG, WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
-_PARTS = ("lora_A", "lora_B", "offset_delta", "scale_A", "scale_B", "scale_delta")
-_PREFIX = "base_model.model."  # PEFT's name for the model inside its wrapper
-_UNSUPPORTED = {  # PEFT options that change what the tensors mean -> the value under which they change nothing
-    "use_dora": False,
-    "use_qalora": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "fan_in_fan_out": False,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-}
-
-_PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")  # ways to begin that leave the base as it is
 
 
 def save_adapter(folder: Path, loaded: LoadedModel, spec: AdapterSpec, name: str = "default") -> None:
@@ -61,26 +48,11 @@ def save_adapter(folder: Path, loaded: LoadedModel, spec: AdapterSpec, name: str
     Raises:
         OutputError: it cannot be written.
     """
-    state = adapter_state(loaded.model, name)
-    layers = [path for path, layer in adapted_layers(loaded.model) if name in layer.adapters]
-    config: dict[str, Any] = {
-        "peft_type": "LORA" if spec.method == "lora" else "QA_LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(loaded.path),
-        "r": spec.r,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": spec.lora_dropout,
-        "target_modules": _target_names(loaded.model, layers),
-        "use_rslora": spec.use_rslora,
-        "bias": "none",
-        "inference_mode": True,
-    }
+    config = {"base_model_name_or_path": str(loaded.path)} | stored_config(loaded.model, spec, name)
     header = {"format": "pt", "base_weights_sha256": loaded.weights_hash()}
     if spec.method == "qa-lora":
-        config |= {"adapt": spec.adapt, "k_quants": spec.k_quants}
         header["pooling_divisor"] = POOLING
-    tensors = {_file_key(key): value.detach().cpu().contiguous() for key, value in state.items()}
-    write_adapter_folder(folder, config, tensors, header)
+    write_adapter_folder(folder, config, stored_tensors(loaded.model, name), header)
 
 
 def write_adapter_folder(
@@ -90,17 +62,6 @@ def write_adapter_folder(
     with replacing_folder(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_tensors(temporary / WEIGHTS, tensors, header)
-
-
-def _target_names(model: nn.Module, layers: list[str]) -> list[str]:
-    """Last parts of the layer names where these mean exactly the adapted layers, otherwise the whole names."""
-    endings = sorted({path.rpartition(".")[2] for path in layers})
-    meant = {path for path in linear_layers(model) if path.rpartition(".")[2] in endings}
-    return endings if meant == set(layers) else sorted(layers)
-
-
-def _file_key(key: str) -> str:
-    return f"{_PREFIX}{key}.weight" if key.endswith(("lora_A", "lora_B")) else f"{_PREFIX}{key}"
 
 
 def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
@@ -114,65 +75,18 @@ def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
         raise AdapterError(f"{folder} is not an adapter folder: it lacks {' and '.join(missing)}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = {"LORA": "lora", "QA_LORA": "qa-lora"}.get(str(config.get("peft_type")))
+        faults = unsupported(config)
     except (ValueError, AttributeError) as error:
         raise AdapterError(f"{folder / CONFIG} is not a JSON object: {error}") from None
-    faults = [] if kind else [f"peft_type {config.get('peft_type')!r} (LORA and QA_LORA are)"]
-    for key, neutral in _UNSUPPORTED.items():
-        if config.get(key, neutral) not in (neutral, None, [], {}):
-            faults.append(f"{key}: {config[key]!r}")
-    if config.get("init_lora_weights", True) not in _PLAIN_INIT:
-        faults.append(f"init_lora_weights: {config['init_lora_weights']!r}, which changed the base weights as well")
     if faults:
         raise AdapterError(f"{folder} uses what is not supported yet:\n" + bullet_list(faults))
-    malformed = _malformed(config)
-    if malformed:
-        raise AdapterError(f"{folder / CONFIG} is incomplete or impossible:\n" + bullet_list(malformed))
+    faults = malformed(config)
+    if faults:
+        raise AdapterError(f"{folder / CONFIG} is incomplete or impossible:\n" + bullet_list(faults))
     try:
-        spec = AdapterSpec(
-            method=kind,  # type: ignore[arg-type]
-            r=config["r"],
-            lora_alpha=config["lora_alpha"],
-            lora_dropout=config.get("lora_dropout", 0.0),
-            use_rslora=config.get("use_rslora", False),
-            adapt=config.get("adapt", "offset"),
-            k_quants=config.get("k_quants", "promote"),
-        )
+        return spec_of(config), config
     except (KeyError, TypeError, ConfigError) as error:
         raise AdapterError(f"{folder / CONFIG} is incomplete or impossible: {error}") from None
-    return spec, config
-
-
-def _malformed(config: Mapping[str, Any]) -> list[str]:
-    """What in a configuration has a type or value that no adapter has."""
-    faults = []
-    if config.get("r") != "full" and type(config.get("r")) is not int:
-        faults.append(f"r is {config.get('r')!r}, not a whole number")
-    alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        faults.append(f"lora_alpha is {alpha!r}, not a number")
-    for key in ("target_modules", "exclude_modules"):
-        value = config.get(key)
-        names = isinstance(value, list) and all(isinstance(name, str) for name in value)
-        if not (names or value is None or (isinstance(value, str) and _is_regex(value))):
-            faults.append(f"{key} is {value!r}, neither a list of names nor a regular expression")
-    for key in ("rank_pattern", "alpha_pattern"):
-        value = config.get(key) or {}
-        if not isinstance(value, dict) or not all(_is_regex(name) for name in value):
-            faults.append(f"{key} is {value!r}, not a mapping from expressions to numbers")
-        elif not all(type(n) in (int, float) and n > 0 for n in value.values()):
-            faults.append(f"{key} is {value!r}, and its numbers must be positive")
-        elif key == "rank_pattern" and not all(type(n) is int for n in value.values()):
-            faults.append(f"{key} is {value!r}, and ranks are whole numbers")
-    return faults
-
-
-def _is_regex(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
 
 
 def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> Injection:
@@ -187,36 +101,73 @@ def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> In
     else:
         spec, config = read_spec(folder)
         tensors, header = _read_tensors(folder / WEIGHTS)
-    layers = linear_layers(loaded.model)
     faults = _base_faults(loaded, header)
     if spec.method == "qa-lora" and header.get("pooling_divisor") != POOLING:
         faults.append(f"its pooling divisor is {header.get('pooling_divisor')}, here it is {POOLING}")
+    try:
+        return attach_tensors(loaded.model, spec, config, tensors, name, faults)
+    except AdapterError as error:
+        raise AdapterError(f"the adapter {folder} does not fit {loaded.path}:\n{error}") from None
+
+
+def attach_tensors(
+    model: nn.Module,
+    spec: AdapterSpec,
+    config: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    name: str = "default",
+    faults: list[str] | None = None,
+) -> Injection:
+    """Put an adapter on a model whose tensors are known by PEFT's names, frozen and active.
+
+    Args:
+        faults: what is wrong already, to be named with the rest.
+
+    Raises:
+        AdapterError: as `load_adapter`.
+    """
+    faults = list(faults or [])
+    tensors = dict(tensors)
+    shared = tensors.pop("base_model.vera_A", None), tensors.pop("base_model.vera_B", None)
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        path, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        if not key.startswith(_PREFIX) or path not in layers or part not in _PARTS:
+        found = place(model, key, config)
+        if found is None:
             faults.append(f"unexpected tensor {key}")
         else:
-            grouped.setdefault(path, {})[part] = value
-    faults += [f"no tensors for the layer {path}" for path in _absent_layers(config, layers, grouped)]
+            grouped.setdefault(found[0], {})[found[1]] = value
+    faults += [f"no tensors for the layer {path}" for path in absent_layers(model, config, grouped)]
     faults += [] if tensors else ["it holds no tensors"]
-    built: dict[str, LoRA | GroupAdapter] = {}
+    built: dict[str, Any] = {}
+    layers = adaptable(model, spec.method)
     for path, parts in grouped.items():
-        layer_spec = _layer_spec(spec, config, path)
-        if layer_spec.method == "qa-lora" and not isinstance(layers[path], QuantLinear):
+        own = spec.for_layer(path)
+        if "" in parts:
+            plain = plain_parameter(model, path)
+            assert plain is not None
+            built[path] = make_parameter_adapter(model, path, None)
+            faults += _part_faults(path, "", parts[""], plain) or _fill(
+                built[path], {"change": parts[""].to(plain.device).float() - plain.detach().float()}, path
+            )
+        elif path not in layers and plain_parameter(model, path) is None:
+            faults.append(f"{path} cannot be adapted with {spec.method}")
+        elif path not in layers:
+            built[path] = make_parameter_adapter(model, path, own)
+            faults += _fill(built[path], parts, path)
+        elif spec.method == "qa-lora" and not isinstance(layers[path], QuantLinear):
             faults.append(f"{path} is not quantized, and the adapter trains quantization offsets")
-            continue
-        adapter = make_adapter(layers[path], layer_spec)
-        faults += _fill(adapter, parts, path)
-        built[path] = adapter
+        else:
+            matrices = (shared[0], shared[1]) if shared[0] is not None and shared[1] is not None else None
+            adapter = built[path] = make_adapter(layers[path], own, matrices, fresh=False)
+            faults += _fill(adapter, parts, path)
     if faults:
-        listing = bullet_list(faults[:12] + ([f"and {len(faults) - 12} more"] if len(faults) > 12 else []))
-        raise AdapterError(f"the adapter {folder} does not fit {loaded.path}:\n{listing}")
+        raise AdapterError(bullet_list(faults[:12] + ([f"and {len(faults) - 12} more"] if len(faults) > 12 else [])))
     result = Injection(list(built), trainable=sum(t.numel() for t in tensors.values()))
     if spec.method == "qa-lora":
-        prepare_group_bases(layers, list(built), result, spec)
+        result.promoted = prepare_group_bases(linear_layers(model), list(built), spec)
     for path, adapter in built.items():
-        attach(loaded.model, path, adapter.requires_grad_(False), name)
+        put = attach if path in layers and "" not in grouped[path] else attach_parameter
+        put(model, path, adapter.requires_grad_(False), name)
     return result
 
 
@@ -235,7 +186,7 @@ def _read_mlx(folder: Path) -> tuple[AdapterSpec, dict[str, Any], dict[str, Tens
         raise AdapterError(f"{folder}: fine_tune_type {kind!r} is not supported yet (lora is)")
     stored, header = _read_tensors(folder / MLX_WEIGHTS)
     parts = {".lora_a": ".lora_A.weight", ".lora_b": ".lora_B.weight"}
-    tensors = {f"{_PREFIX}{key[:-7]}{parts.get(key[-7:], key[-7:])}": value.T for key, value in stored.items()}
+    tensors = {f"{PREFIX}{key[:-7]}{parts.get(key[-7:], key[-7:])}": value.T for key, value in stored.items()}
     return spec, {}, tensors, header
 
 
@@ -256,38 +207,11 @@ def _base_faults(loaded: LoadedModel, header: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _absent_layers(config: Mapping[str, Any], layers: Mapping[str, Any], grouped: Mapping[str, Any]) -> list[str]:
-    """Linear layers that the configuration targets and for which the file holds nothing."""
-    chosen = config.get("layers_to_transform")
-    chosen = [chosen] if isinstance(chosen, int) else chosen
-    absent = []
-    for path in layers:
-        number = re.search(r"\.(\d+)\.", path)
-        transformed = chosen is None or (number is not None and int(number[1]) in chosen)
-        excluded = _named(config.get("exclude_modules"), path)
-        if transformed and not excluded and _named(config.get("target_modules"), path) and path not in grouped:
-            absent.append(path)
-    return absent
-
-
-def _named(modules: list[str] | str | None, path: str) -> bool:
-    """Whether PEFT's list of names, or its one regular expression, means a layer."""
-    if isinstance(modules, str):
-        return re.fullmatch(modules, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in modules or ())
-
-
-def _layer_spec(spec: AdapterSpec, config: Mapping[str, Any], path: str) -> AdapterSpec:
-    """The spec with PEFT's `rank_pattern` and `alpha_pattern` applied to one layer."""
-    rank = _from_pattern(config.get("rank_pattern"), path, spec.r)
-    return replace(spec, r=rank, lora_alpha=_from_pattern(config.get("alpha_pattern"), path, spec.lora_alpha))
-
-
-def _from_pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+def _part_faults(path: str, key: str, value: Tensor, wanted: Tensor) -> list[str]:
+    name = f"{path}.{key}" if key else path
+    if value.numel() != wanted.numel() or value.squeeze().shape != wanted.squeeze().shape:
+        return [f"{name} has shape {list(value.shape)}, the base needs {list(wanted.shape)}"]
+    return [] if torch.isfinite(value).all() else [f"{name} holds numbers that are not finite"]
 
 
 @torch.no_grad()
@@ -298,10 +222,8 @@ def _fill(adapter: nn.Module, parts: Mapping[str, Tensor], path: str) -> list[st
     for key, parameter in own.items():
         if key not in parts:
             faults.append(f"missing tensor {path}.{key}")
-        elif parts[key].shape != parameter.shape:
-            faults.append(f"{path}.{key} has shape {list(parts[key].shape)}, the base needs {list(parameter.shape)}")
-        elif not torch.isfinite(parts[key]).all():
-            faults.append(f"{path}.{key} holds numbers that are not finite")
+        elif wrong := _part_faults(path, key, parts[key], parameter):
+            faults += wrong
         else:
-            parameter.copy_(parts[key])
+            parameter.copy_(parts[key].view(parameter.shape))
     return faults

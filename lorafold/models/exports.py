@@ -18,8 +18,8 @@ from gguf import GGUFWriter
 from torch import Tensor
 from torch.nn import functional
 
+from lorafold.adapters.adapted import AdaptedLayer, adapted_layers
 from lorafold.adapters.group import GroupAdapter
-from lorafold.adapters.inject import AdaptedLinear, adapted_layers
 from lorafold.adapters.lora import LoRA
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, FormatError
@@ -43,7 +43,7 @@ def lora_pairs(loaded: LoadedModel, name: str = "default") -> dict[str, tuple[Te
             continue
         adapter = layer.adapters[name]
         if isinstance(adapter, LoRA):
-            pairs[path] = (adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling)
+            pairs[path] = (*(factor.detach() for factor in adapter.factors()), adapter.scaling)
         elif isinstance(adapter, GroupAdapter):
             assert isinstance(layer.base, QuantLinear)
             if adapter.learns_scale:
@@ -59,7 +59,7 @@ def lora_pairs(loaded: LoadedModel, name: str = "default") -> dict[str, tuple[Te
 
 
 @torch.no_grad()
-def _realized(layer: AdaptedLinear, adapter: GroupAdapter) -> Tensor:
+def _realized(layer: AdaptedLayer, adapter: GroupAdapter) -> Tensor:
     """Offset update [out, groups] after rounding to the file's storage type."""
     assert isinstance(layer.base, QuantLinear)
     packed = layer.base.packed

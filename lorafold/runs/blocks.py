@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.adapters.inject import linear_layers
+from lorafold.adapters.targets import linear_layers
 from lorafold.data.packs import Pack
 from lorafold.errors import FormatError
 from lorafold.models.load import LoadedModel, compute_dtype

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from lorafold.adapters.adapted import adapted_layers
 from lorafold.adapters.fold import (
     LEAST_KEPT,
     LayerFold,
@@ -19,8 +20,8 @@ from lorafold.adapters.fold import (
     merged_weight,
     requantize,
 )
-from lorafold.adapters.inject import adapted_layers, linear_layers
 from lorafold.adapters.lora import LoRA
+from lorafold.adapters.targets import linear_layers
 from lorafold.errors import FoldError, bullet_list
 from lorafold.files import replacing_folder, size_on_disk
 from lorafold.models.adapter_files import load_adapter

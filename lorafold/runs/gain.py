@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lorafold.adapters.inject import set_active
+from lorafold.adapters.adapted import set_active
 from lorafold.evals.loss import evaluate
 from lorafold.models.load import load
 from lorafold.runs.display import Display

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import lorafold
-from lorafold.adapters.inject import HEADS, linear_layers
+from lorafold.adapters.targets import HEADS, linear_layers
 from lorafold.config import QuantizeConfig
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lorafold.adapters.adapted import AdaptedLayer, adapted_layers, set_active
 from lorafold.adapters.fold import fold
-from lorafold.adapters.inject import AdaptedLinear, adapted_layers, set_active
 from lorafold.data.tokens import Tokens
 from lorafold.errors import ConfigError, FormatError
 from lorafold.evals import llama_cpp, mlx_lm
@@ -144,7 +144,7 @@ def _zero_adapter(trained: LoadedModel) -> Check:
     return Check("zero adapter = base", not different and all(a <= PROMOTION_STEPS for a in promoted), detail)
 
 
-def _zero_fold_apart(trained: LoadedModel, path: str, layer: AdaptedLinear) -> float | None:
+def _zero_fold_apart(trained: LoadedModel, path: str, layer: AdaptedLayer) -> float | None:
     """0 where a fold of zeros gives the base back, None where it does not; for promoted K-quants the steps apart."""
     assert isinstance(layer.base, QuantLinear)
     packed = layer.base.packed

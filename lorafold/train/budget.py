@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorafold.adapters.inject import adapted_layers, group_parameters_once
+from lorafold.adapters.adapted import adapted_layers, parameters_once
 from lorafold.data.packs import pack
 from lorafold.data.tokens import Tokens
 from lorafold.errors import TrainingError
@@ -127,7 +127,7 @@ def _measure(loaded: LoadedModel, rows: Sequence[Tokens]) -> tuple[float, float]
     """Bytes of everything but activations (process, model, decoded weights, logits, optimizer), and by token."""
     each = _bytes_per_token(loaded, rows)  # compiles what is not compiled yet
     restart_peak()
-    with group_parameters_once(loaded.model):
+    with parameters_once(loaded.model):
         tokens = _probe(loaded, rows)
     loaded.model.zero_grad(set_to_none=True)
     trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
@@ -146,7 +146,7 @@ def _bytes_per_token(loaded: LoadedModel, rows: Sequence[Tokens]) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with group_parameters_once(loaded.model), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+    with parameters_once(loaded.model), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         for _, layer in adapted_layers(loaded.model):
             own |= {leaf.untyped_storage().data_ptr() for leaf in layer._once or () if leaf is not None}
         tokens = _probe(loaded, rows)

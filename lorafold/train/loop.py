@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from lorafold.adapters.inject import group_parameters_once
+from lorafold.adapters.adapted import parameters_once
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens
@@ -146,7 +146,7 @@ def _one_step(
     total_loss = 0.0
     if shared is not None:
         batch = sorted(batch, key=lambda row: row.ids)  # neighbours have most in common
-    with group_parameters_once(loaded.model), head_once(loaded):
+    with parameters_once(loaded.model), head_once(loaded):
         for group in micro_batches(batch, plan.micro_batch_tokens, loaded.row_align, shared):
             loss = pack_loss(loaded, pack(group, loaded.row_align, shared, WHOLE).to(loaded.device))
             value = float(loss.detach())

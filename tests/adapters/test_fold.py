@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorafold.adapters.adapted import adapted_layers
 from lorafold.adapters.fold import LEAST_KEPT, fold, kept_fraction, merged_weight, requantize
-from lorafold.adapters.inject import adapted_layers, inject
+from lorafold.adapters.inject import inject
 from lorafold.config import AdapterSpec
 from lorafold.errors import FoldError
 from lorafold.models.load import LoadedModel, load

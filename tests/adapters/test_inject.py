@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafold.adapters.inject import adapted_layers, adapter_state, find_targets, inject, linear_layers
+from lorafold.adapters.adapted import adapted_layers
+from lorafold.adapters.inject import adapter_state, inject
+from lorafold.adapters.targets import find_targets, linear_layers
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError
 from lorafold.models.load import LoadedModel, load
@@ -65,13 +67,13 @@ def test_exclusions(loaded: LoadedModel, excluded: tuple[str, ...], expected: li
 
 @pytest.mark.parametrize("target", ["proj", "_proj", "q_proj.", "self_attn", "embed_tokens", "model.layers"])
 def test_part_of_a_name_is_no_target(loaded: LoadedModel, target: str) -> None:
-    with pytest.raises(AdapterError, match="matches no linear layer"):
+    with pytest.raises(AdapterError, match="matches no layer"):
         find_targets(loaded.model, AdapterSpec(target_modules=(target,)))
 
 
 def test_regular_expression_counts_only_alone(loaded: LoadedModel) -> None:
     """Among several targets each is a name, as in PEFT."""
-    with pytest.raises(AdapterError, match=r"'\.\*q_proj' matches no linear layer"):
+    with pytest.raises(AdapterError, match=r"'\.\*q_proj' matches no layer"):
         find_targets(loaded.model, AdapterSpec(target_modules=(".*q_proj", "v_proj")))
 
 
@@ -102,8 +104,8 @@ def test_promotion_changes_no_weight_and_is_reported(tmp_path: Path) -> None:
     loaded = load(path)
     injection = inject(loaded.model, AdapterSpec("qa-lora"))
     promoted = dict.fromkeys(named("q_proj"), ("Q4_0", "Q4_1")) | dict.fromkeys(named("k_proj"), ("Q5_0", "Q5_1"))
-    assert injection.promotions == promoted
-    assert injection.added_bytes == 3 * 2 * (64 * 2 + 32 * 2)  # two bytes a block
+    assert injection.promoted.codecs == promoted
+    assert injection.promoted.added_bytes == 3 * 2 * (64 * 2 + 32 * 2)  # two bytes a block
     text = injection.describe()
     assert "3 matrices promoted from Q4_0 to Q4_1" in text
     assert "3 matrices promoted from Q5_0 to Q5_1" in text
@@ -117,7 +119,7 @@ def test_promotion_changes_no_weight_and_is_reported(tmp_path: Path) -> None:
 def test_lora_promotes_nothing(tiny_file: Callable[..., Path]) -> None:
     loaded = load(tiny_file("llama", "Q4_0"))
     injection = inject(loaded.model, AdapterSpec("lora"))
-    assert not injection.promotions
+    assert not injection.promoted.codecs
     assert {layer.base.codec for _, layer in adapted_layers(loaded.model)} == {"Q4_0"}
 
 

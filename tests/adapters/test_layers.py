@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from lorafold.adapters.adapted import AdaptedLayer, set_active
 from lorafold.adapters.group import GroupAdapter
-from lorafold.adapters.inject import AdaptedLinear, attach, make_adapter, set_active
+from lorafold.adapters.inject import attach, make_adapter
 from lorafold.adapters.lora import LoRA
+from lorafold.adapters.sites import LinearSite
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError
 from lorafold.quant.linear import QuantLinear
@@ -28,14 +30,14 @@ def quantized(codec: str = "Q4_1", out: int = 24, width: int = 96) -> QuantLinea
     return QuantLinear(encode(torch.randn(out, width), codec))
 
 
-def adapted(spec: AdapterSpec, base: nn.Linear | QuantLinear | None = None, std: float = 0.3) -> AdaptedLinear:
+def adapted(spec: AdapterSpec, base: nn.Linear | QuantLinear | None = None, std: float = 0.3) -> AdaptedLayer:
     """A layer with a random adapter."""
-    layer = AdaptedLinear(base if base is not None else quantized())
+    layer = AdaptedLayer(base if base is not None else quantized())
     adapter = make_adapter(layer.base, spec)
     for parameter in adapter.parameters():
         nn.init.normal_(parameter, std=std)
     layer.adapters["default"] = adapter
-    layer.active = "default"
+    layer.active = ("default",)
     return layer
 
 
@@ -43,40 +45,42 @@ def adapted(spec: AdapterSpec, base: nn.Linear | QuantLinear | None = None, std:
 @pytest.mark.parametrize("bias", [False, True])
 def test_lora_is_its_formula(bias: bool, trained_base: bool) -> None:
     """Output and gradients, fused (a frozen base) and step by step."""
-    adapter, base = LoRA(6, 4, r=2, scaling=1.5), nn.Linear(6, 4, bias=bias).requires_grad_(trained_base)
+    base = nn.Linear(6, 4, bias=bias).requires_grad_(trained_base)
+    adapter = LoRA(LinearSite(base), r=2, scaling=1.5)
+    nn.init.normal_(adapter.lora_A)
     nn.init.normal_(adapter.lora_B)
     x, dy = torch.randn(3, 5, 6, requires_grad=True), torch.randn(3, 5, 4)
     update = torch.einsum("bti,ri,or->bto", x, adapter.lora_A, adapter.lora_B) * 1.5
     torch.testing.assert_close(x @ adapter.delta().T, update)
     leaves = (x, adapter.lora_A, adapter.lora_B)
-    torch.testing.assert_close(adapter(x, base), base(x) + update)
-    ours, theirs = (torch.autograd.grad(y, leaves, dy) for y in (adapter(x, base), base(x) + update))
+    torch.testing.assert_close(adapter(x), base(x) + update)
+    ours, theirs = (torch.autograd.grad(y, leaves, dy) for y in (adapter(x), base(x) + update))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_dropout_acts_on_the_adapters_input_while_training_only() -> None:
     """With A and B the identity, each output is zero or the input over what is kept."""
-    adapter = LoRA(1000, 1000, r=1000, scaling=1.0, dropout=0.3)
+    nothing = nn.Linear(1000, 1000, bias=False).requires_grad_(False)
+    nn.init.zeros_(nothing.weight)
+    adapter = LoRA(LinearSite(nothing), r=1000, scaling=1.0, dropout=0.3)
     with torch.no_grad():
         adapter.lora_A.copy_(torch.eye(1000))
         adapter.lora_B.copy_(torch.eye(1000))
     x = torch.rand(4, 1000) + 0.5
-    nothing = nn.Linear(1000, 1000, bias=False).requires_grad_(False)
-    nn.init.zeros_(nothing.weight)
-    y = adapter(x, nothing)
+    y = adapter(x)
     dropped = y == 0
     assert 0.25 < dropped.float().mean() < 0.35  # 4,000 draws: a standard deviation of 0.007
     torch.testing.assert_close(y[~dropped], (x / 0.7)[~dropped])
-    torch.testing.assert_close(adapter.eval()(x, nothing), x)
+    torch.testing.assert_close(adapter.eval()(x), x)
 
 
 def test_a_new_adapter_changes_nothing() -> None:
     x = torch.randn(2, 96)
     for spec in SPECS.values():
-        layer = AdaptedLinear(quantized())
+        layer = AdaptedLayer(quantized())
         layer.adapters["default"] = make_adapter(layer.base, spec)
-        layer.active = "default"
+        layer.active = ("default",)
         assert torch.equal(layer(x), layer.base(x))
 
 
@@ -175,7 +179,7 @@ def test_several_adapters_on_one_base() -> None:
     alone = model(x)
     outputs = {}
     for name in ("a", "b"):
-        adapter = make_adapter(AdaptedLinear(quantized()).base, SPECS["qa-lora"])
+        adapter = make_adapter(AdaptedLayer(quantized()).base, SPECS["qa-lora"])
         nn.init.normal_(adapter.lora_B)
         attach(model, "0", adapter, name)
         outputs[name] = model(x)  # the new one is active
@@ -183,8 +187,9 @@ def test_several_adapters_on_one_base() -> None:
     for name in ("a", "b"):
         set_active(model, name)
         assert torch.equal(model(x), outputs[name])
-    for name in (None, "unknown"):
-        set_active(model, name)
-        assert torch.equal(model(x), alone)
+    set_active(model, None)
+    assert torch.equal(model(x), alone)
+    with pytest.raises(AdapterError, match="no adapter named 'unknown'; it has a, b"):
+        set_active(model, ["a", "unknown"])
     with pytest.raises(AdapterError, match="already carries an adapter named 'a'"):
         attach(model, "0", make_adapter(quantized(), SPECS["lora"]), "a")

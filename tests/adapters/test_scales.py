@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorafold.adapters.adapted import adapted_layers, parameters_once
 from lorafold.adapters.fold import fold, merged_weight, requantize
-from lorafold.adapters.inject import adapted_layers, adapter_state, group_parameters_once, inject
+from lorafold.adapters.inject import adapter_state, inject
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, ConfigError, FoldError
 from lorafold.models.exports import lora_pairs
@@ -114,11 +115,11 @@ def test_scales_alone_need_no_promotion_and_no_offset(tmp_path: Path) -> None:
     types = {"attn_q": "Q4_0", "attn_k": "Q8_0", "": "Q5_1"}
     loaded = load(tiny_gguf(tmp_path, "llama", types))
     injection = inject(loaded.model, AdapterSpec("qa-lora", adapt="scale"))
-    assert (injection.promotions, injection.frozen, len(injection.modules)) == ({}, {}, 21)
+    assert (injection.promoted.codecs, injection.frozen, len(injection.modules)) == ({}, {}, 21)
     loaded = load(tiny_gguf(tmp_path, "llama", types, name="both.gguf"))
     injection = inject(loaded.model, AdapterSpec("qa-lora", adapt="both"))
     assert set(injection.frozen.values()) == {"Q8_0"}
-    assert set(injection.promotions.values()) == {("Q4_0", "Q4_1")}
+    assert set(injection.promoted.codecs.values()) == {("Q4_0", "Q4_1")}
     assert "it stores no offset and scale of its own to learn" in injection.describe()
 
 
@@ -126,7 +127,7 @@ def test_k_quants_in_place_have_no_scales_of_their_own(tmp_path: Path) -> None:
     loaded = load(tiny_gguf(tmp_path, "llama", "Q4_K", wide=True))
     with pytest.raises(AdapterError, match="qa-lora learns the scale of its own that a quantized group stores"):
         inject(loaded.model, AdapterSpec("qa-lora", adapt="scale", k_quants="in-place"))
-    assert inject(loaded.model, AdapterSpec("qa-lora", adapt="scale")).promotions
+    assert inject(loaded.model, AdapterSpec("qa-lora", adapt="scale")).promoted.codecs
 
 
 @adapts
@@ -155,7 +156,7 @@ def test_scale_beyond_float16_is_refused(adapted: Callable[..., LoadedModel]) ->
 
 
 def test_scales_are_for_qa_lora() -> None:
-    with pytest.raises(ConfigError, match="lora learns neither offsets nor scales"):
+    with pytest.raises(ConfigError, match=r"adapt means nothing to lora; .* --method qa-lora"):
         AdapterSpec("lora", adapt="both")
     with pytest.raises(ConfigError, match="offset, scale and both are known"):
         AdapterSpec("qa-lora", adapt="codes")  # type: ignore[arg-type]
@@ -171,7 +172,7 @@ def test_with_scale_refuses_a_format_without_one() -> None:
 def test_parameters_computed_once_give_the_same_gradients(adapted: Callable[..., LoadedModel], adapt: str) -> None:
     """Two backward passes: the gradients are as if each had computed offsets and scales anew; nothing stays."""
     grads = []
-    for once in (contextlib.nullcontext, group_parameters_once):
+    for once in (contextlib.nullcontext, parameters_once):
         model = adapted(adapt).model
         with once(model):
             for seed in (1, 2):

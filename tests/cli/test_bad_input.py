@@ -76,8 +76,8 @@ def test_truncated_model(train: Callable[..., str], model: Path) -> None:
 
 def test_target_that_matches_nothing_lists_what_could_be_matched(train: Callable[..., str]) -> None:
     message = train("--target-modules", "q_porj", "w99")
-    assert "'q_porj' matches no linear layer (did you mean 'q_proj'?)" in message
-    assert "'w99' matches no linear layer" in message
+    assert "'q_porj' matches no layer (did you mean 'q_proj'?)" in message
+    assert "'w99' matches no layer" in message
     assert "down_proj (3)" in message
     assert "lm_head (1)" in message
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lorafold.adapters.inject import linear_layers
+from lorafold.adapters.targets import linear_layers
 from lorafold.errors import FormatError
 from lorafold.models.load import load
 from lorafold.quant.linear import QuantLinear

@@ -108,7 +108,7 @@ def test_adapter_that_lacks_a_whole_layer(refused: Refused, trained: Trained, da
         ("r", None),
         ("lora_alpha", None),
         ("lora_alpha", "x"),
-        ("use_dora", True),
+        ("use_dora", "yes"),
         ("rank_pattern", {"q_proj": "x"}),
         ("rank_pattern", {"(": 4}),
         ("rank_pattern", ["q_proj"]),

@@ -20,7 +20,7 @@ from gguf.quants import dequantize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lorafold.adapters.inject import adapted_layers, set_active
+from lorafold.adapters.adapted import adapted_layers, set_active
 from lorafold.models.load import load
 from lorafold.runs.fold import load_trained
 from lorafold.runs.folder import read_run

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
+from lorafold.adapters.adapted import adapted_layers
 from lorafold.adapters.fold import base_weight
-from lorafold.adapters.inject import adapted_layers
 from lorafold.evals import llama_cpp
 from lorafold.models.load import load
 from lorafold.runs.fold import load_trained

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorafold.adapters.adapted import adapted_layers
 from lorafold.adapters.fold import merged_weight
-from lorafold.adapters.inject import adapted_layers, inject
+from lorafold.adapters.inject import inject
 from lorafold.config import AdapterSpec
 from lorafold.evals.mlx_lm import MlxLm
 from lorafold.models.adapter_files import load_adapter

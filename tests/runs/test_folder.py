@@ -21,7 +21,13 @@ CONFIG = RunConfig(
     "model.gguf",
     Path("out"),
     DataConfig(Path("rows.jsonl"), "{a} – ü", "{b}", "plain", 77, "all", 5, Path("held.jsonl"), 0.2, 6),
-    AdapterSpec("lora", 3, 7.0, 0.1, ("q_proj", "v_proj"), ("x",), True, "offset", "in-place"),
+    AdapterSpec(
+        *("lora", 3, 7.0, 0.1, ("q_proj", "v_proj"), ("x",), (0, 2), ("experts",), True, True, "gaussian"),
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={r"layers\.1\..*": 0.5},
+        bias="all",
+        modules_to_save=("head",),
+    ),
     TrainingConfig(2, 3, 0.5, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, True, 99, "2GB", 30, "float32", "cpu", 8, 1, 2),
 )
 SUMMARY: dict[str, Any] = {
@@ -51,7 +57,7 @@ def test_the_example_sets_every_option() -> None:
     """So that the round trip below covers new options as well."""
     plain = RunConfig("other", Path("other"), DataConfig(Path("other")))
     same = [key for key, value in CONFIG.to_dict().items() if value == plain.to_dict()[key]]
-    assert same == ["adapt"]  # lora has no other
+    assert same == ["adapt", "k_quants", "d_initial"]  # of other methods than lora
     assert set(CONFIG.to_dict()) == set(option_names())
 
 

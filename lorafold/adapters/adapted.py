@@ -1,0 +1,247 @@
+"""Layers that carry adapters, by name; those that are active take part in the forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lorafold.adapters.group import GroupAdapter
+from lorafold.adapters.lora import LoRA
+from lorafold.adapters.parameters import AdaptedParameter
+from lorafold.errors import AdapterError
+from lorafold.quant.linear import QuantLinear
+
+Adapter = LoRA | GroupAdapter
+
+
+class AdaptedLayer(nn.Module):
+    """A layer with named adapters.
+
+    Attributes:
+        base: the frozen layer, dense or packed.
+        adapters: by name.
+        active: names of those that take part, in the order in which they were made active.
+    """
+
+    base: nn.Module
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self._once: tuple[Tensor | None, Tensor | None] | None = None  # see `parameters_once`
+        self.by_row: Callable[[Tensor], Tensor] | None = None  # see `adapters_by_row`
+
+    def __getattr__(self, name: str) -> Any:
+        """What the layer itself has, such as `in_features`, is found here too."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The active adapter; None where there is none, or more than one."""
+        return self.adapters[self.active[0]] if len(self.active) == 1 else None  # type: ignore[return-value]
+
+    def active_adapters(self) -> list[Adapter]:
+        """Those that take part."""
+        return [self.adapters[name] for name in self.active]  # type: ignore[misc]
+
+    def offset(self) -> Tensor | None:
+        """Offsets [out, groups] it computes with, as its file stores them; None where none are learned."""
+        updates = [
+            u for a in self.active_adapters() if isinstance(a, GroupAdapter) and (u := a.offset_update()) is not None
+        ]
+        if not updates:
+            return None
+        assert isinstance(self.base, QuantLinear)
+        packed = self.base.packed
+        return packed.format.move_offset(packed.format.offset(packed.blocks), sum(updates[1:], updates[0]))
+
+    def scale(self) -> Tensor | None:
+        """Scales [out, groups] it computes with, as its file stores them; None where none are learned."""
+        updates = [
+            u for a in self.active_adapters() if isinstance(a, GroupAdapter) and (u := a.scale_update()) is not None
+        ]
+        if not updates:
+            return None
+        assert isinstance(self.base, QuantLinear)
+        packed = self.base.packed
+        return packed.format.move_scale(packed.format.scale(packed.blocks), sum(updates[1:], updates[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer gives for x, with its active adapters."""
+        if self.by_row is not None:
+            return self.by_row(x)
+        branches = [a for a in self.active_adapters() if isinstance(a, LoRA)]
+        if len(branches) == len(self.active) == 1:
+            return branches[0](x)
+        y = plain = self.base(x) if len(branches) == len(self.active) else self.base(x, *self._group_parameters())
+        for branch in branches:
+            y = y + branch.extra(x, plain)
+        return y
+
+    def _group_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        return self._once or (self.offset(), self.scale())
+
+
+Carrier = AdaptedLayer | AdaptedParameter
+
+
+def carriers(model: nn.Module) -> Iterator[tuple[str, Carrier]]:
+    """(name of the layer or parameter, what carries its adapters)."""
+    adapted: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            adapted.add(name)
+            yield name, module
+        elif isinstance(module, AdaptedParameter):
+            owner, _, parameter = f".{name}".rpartition(".parametrizations.")
+            owner, parameter = owner[1:], parameter.partition(".")[0]
+            owner = owner.removesuffix(".base") if owner.removesuffix(".base") in adapted else owner
+            yield f"{owner}.{parameter}" if owner else parameter, module
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """(name, layer) of every layer that carries adapters."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            yield name, module
+
+
+def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, without its adapters, and the parameter's own name."""
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    return (module.base if isinstance(module, AdaptedLayer) else module), name
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters in the order of its definition, adapted or not."""
+    return getattr(module, "_defined_order", None) or [name for name, _ in module.named_parameters(recurse=False)]
+
+
+def plain_parameter(model: nn.Module, path: str) -> Tensor | None:
+    """A parameter or buffer as it is without adapters; None where there is none of that name."""
+    try:
+        owner, name = _owner(model, path)
+    except AttributeError:
+        return None
+    if parametrize.is_parametrized(owner, name):
+        return owner.parametrizations[name].original  # type: ignore[index, union-attr, return-value]
+    value = getattr(owner, name, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def stored_transposed(model: nn.Module, path: str) -> bool:
+    """Whether a parameter of three dimensions is stored [experts, I, O], as transformers marks its modules."""
+    return bool(getattr(_owner(model, path)[0], "is_transposed", False))
+
+
+def adapt_parameter(model: nn.Module, path: str) -> AdaptedParameter:
+    """The carrier of a parameter's adapters, put there if need be."""
+    owner, name = _owner(model, path)
+    if parametrize.is_parametrized(owner, name):
+        return next(m for m in owner.parametrizations[name] if isinstance(m, AdaptedParameter))  # type: ignore[index]
+    parameter = getattr(owner, name)
+    carrier = AdaptedParameter(parameter.device)
+    owner._defined_order = parameter_names(owner)  # type: ignore[assignment]
+    owner.register_forward_pre_hook(lambda *_: carrier.hold(True))
+    owner.register_forward_hook(lambda *_: carrier.hold(False), always_call=True)
+    trained = parameter.requires_grad
+    parametrize.register_parametrization(owner, name, carrier, unsafe=True)
+    owner.parametrizations[name].original.requires_grad_(trained)  # type: ignore[index, union-attr]
+    return carrier
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of all adapters on a model, in the order in which they were put on."""
+    return list(dict.fromkeys(name for _, carrier in carriers(model) for name in carrier.adapters))
+
+
+def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
+    """Let one adapter, or the sum of several, take part; with None the bare base.
+
+    Raises:
+        AdapterError: the model carries no adapter of such a name.
+    """
+    wanted = (names,) if isinstance(names, str) else tuple(names or ())
+    refuse_unknown(model, wanted)
+    for _, carrier in carriers(model):
+        carrier.active = tuple(name for name in wanted if name in carrier.adapters)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Take an adapter off; layers that carry no other one are what they were before.
+
+    Raises:
+        AdapterError: the model carries no adapter of this name.
+    """
+    refuse_unknown(model, (name,))
+    for path, carrier in list(carriers(model)):
+        if name not in carrier.adapters:
+            continue
+        del carrier.adapters[name]
+        carrier.active = tuple(other for other in carrier.active if other != name)
+        if carrier.adapters:
+            continue
+        if isinstance(carrier, AdaptedLayer):
+            model.set_submodule(path, carrier.base)
+        else:
+            owner, parameter = _owner(model, path)
+            parametrize.remove_parametrizations(owner, parameter, leave_parametrized=False)
+
+
+def refuse_unknown(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse names that no adapter of the model has.
+
+    Raises:
+        AdapterError: naming them and those there are.
+    """
+    known = adapter_names(model)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        listed = ", ".join(known) or "none"
+        raise AdapterError(f"the model carries no adapter named {', '.join(map(repr, unknown))}; it has {listed}")
+
+
+@contextlib.contextmanager
+def parameters_once(model: nn.Module) -> Iterator[None]:
+    """Inside, offsets, scales and DoRA's norms are computed once and serve every forward pass.
+
+    The gradients of offsets and scales are summed over the backward passes inside and handed on to the adapters at the
+    end: for a step of several micro-batches, between which the adapters do not change.
+    """
+    computed: list[tuple[Tensor, Tensor]] = []
+    layers, lengths = [], []
+    for _, layer in adapted_layers(model):
+        lengths += [a for a in layer.active_adapters() if isinstance(a, LoRA) and a.dora]
+        if not any(isinstance(a, GroupAdapter) for a in layer.active_adapters()):
+            continue
+        pair = []
+        for value in (layer.offset(), layer.scale()):
+            leaf = None if value is None else value.detach().requires_grad_(value.requires_grad)
+            pair.append(leaf)
+            if value is not None and leaf is not None:
+                computed.append((value, leaf))
+        layer._once = (pair[0], pair[1])
+        layers.append(layer)
+    for adapter in lengths:
+        adapter.kept_norm = adapter.norm()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._once = None
+        for adapter in lengths:
+            adapter.kept_norm = None
+    moved = [(value, leaf.grad) for value, leaf in computed if leaf.grad is not None]
+    if moved:
+        torch.autograd.backward([value for value, _ in moved], [grad for _, grad in moved])

@@ -1,0 +1,83 @@
+"""LoRA on parameters that belong to no layer of their own: experts' weights, and those of nn.MultiheadAttention.
+
+They are read by code that never calls a layer, so the update is added to the parameter itself, by a parametrization.
+"""
+
+# r rank, I input features, O output features, E experts
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class AdaptedParameter(nn.Module):
+    """Named adapters of a parameter that belongs to no layer of its own: a parametrization of it.
+
+    Attributes:
+        device: of the parameter.
+        adapters: by name.
+        active: names of those that take part.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self._holding = False
+        self._held: list[Tensor] = []
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The parameter with the updates of the active adapters."""
+        if self._held:
+            return self._held[0]
+        for name in self.active:
+            weight = weight + self.adapters[name].delta().to(weight.dtype)  # type: ignore[operator]
+        self._held = [weight] if self._holding else []
+        return weight
+
+    def hold(self, holding: bool) -> None:
+        """While the parameter's module computes, which may ask for it once for each expert, it is made once."""
+        self._holding, self._held = holding, []
+
+
+class ParameterLoRA(nn.Module):
+    """s B A for a parameter; of E experts, A [E r, I] holds one after the other, B [O, r E] by rank, as PEFT stores it.
+
+    Args:
+        shape: of the parameter: [O, I], or of experts [E, O, I].
+        transposed: experts are stored [E, I, O].
+        r, scaling: rank and s.
+    """
+
+    def __init__(self, shape: torch.Size, transposed: bool, r: int, scaling: float):
+        super().__init__()
+        self.experts = shape[0] if len(shape) == 3 else 1
+        self.scaling = scaling
+        self.transposed = transposed and len(shape) == 3
+        out, width = (shape[-1], shape[-2]) if self.transposed else (shape[-2], shape[-1])
+        self.lora_A = nn.Parameter(torch.empty(r * self.experts, width))
+        self.lora_B = nn.Parameter(torch.zeros(out, r * self.experts))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def delta(self) -> Tensor:
+        """The update, in the parameter's shape."""
+        if self.experts == 1:
+            return self.scaling * (self.lora_B @ self.lora_A)
+        a = self.lora_A.unflatten(0, (self.experts, -1))
+        b = self.lora_B.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
+        update = self.scaling * (b @ a)
+        return update.mT if self.transposed else update
+
+
+class ParameterDelta(nn.Module):
+    """An update as large as the parameter itself: a trained bias, or a part of a module that is trained whole."""
+
+    def __init__(self, shape: torch.Size):
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros(shape))
+
+    def delta(self) -> Tensor:
+        """The update, in the parameter's shape."""
+        return self.change

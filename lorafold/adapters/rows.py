@@ -1,0 +1,101 @@
+"""One batch, another adapter for each row."""
+
+# r rank, I input features, O output features, n adapters
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.adapters.adapted import AdaptedLayer, adapted_layers, carriers, refuse_unknown
+from lorafold.adapters.group import GroupAdapter
+from lorafold.adapters.lora import LoRA
+from lorafold.adapters.parameters import AdaptedParameter
+from lorafold.adapters.sites import LinearSite
+from lorafold.errors import AdapterError
+
+
+class _RowAdapters:
+    """What the rows of a batch have of one layer's adapters.
+
+    Low-rank factors of all adapters are stacked, A [n, r, I] and B [n, O, r] (lower ranks filled up with zeros); a
+    group adapter is the change of the offsets that the file would hold, on inputs summed over groups. Whatever is
+    neither goes adapter by adapter.
+    """
+
+    def __init__(self, layer: AdaptedLayer, rows: Sequence[str | None], dtype: torch.dtype):
+        names = [name for name in dict.fromkeys(rows) if name is not None and name in layer.adapters]
+        self.base: Any = layer.base
+        self.adapters: list[Any] = [layer.adapters[name] for name in names]
+        index = torch.tensor([names.index(name) if name in names else len(names) for name in rows])
+        self.rows = [(index == i).nonzero()[:, 0] for i in range(len(names))]
+        self.group = 1
+        self.a: torch.Tensor | None = None
+        self.b: torch.Tensor | None = None
+        if all(type(a) is LoRA and type(a.site) is LinearSite and not a.dora for a in self.adapters):
+            stacked_a, stacked_b = _stacked([(*a.factors(), a.scaling) for a in self.adapters], dtype)
+            self.a, self.b = stacked_a[index], stacked_b[index]
+        elif all(isinstance(a, GroupAdapter) and not a.learns_scale for a in self.adapters):
+            packed = self.base.packed
+            self.group, stored = packed.format.group_size, packed.format.offset(packed.blocks)
+            moved = [packed.format.move_offset(stored, a.offset_update()) - stored for a in self.adapters]
+            self.b = torch.stack([*moved, torch.zeros_like(stored)]).to(dtype)[index]
+        elif any(isinstance(a, GroupAdapter) for a in self.adapters):
+            raise AdapterError("rows of one batch can have adapters of offsets or LoRA, not both, and none of scales")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.b is None:
+            added = torch.zeros_like(y)
+            for adapter, rows in zip(self.adapters, self.rows, strict=True):
+                added[rows] = adapter.extra(x[rows], y[rows])
+            return y + added
+        seen = (x.unflatten(-1, (-1, self.group)).sum(-1) if self.group > 1 else x).flatten(1, -2)
+        hidden = seen if self.a is None else seen @ self.a.mT
+        return torch.baddbmm(y.flatten(1, -2), hidden, self.b.mT).view_as(y)
+
+
+def _stacked(factors: list[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A [n + 1, r, I] and s B [n + 1, O, r]; the last is zero, for rows without an adapter."""
+    rank = max(a.shape[0] for a, _, _ in factors)
+    first = factors[0]
+    all_a = first[0].new_zeros(len(factors) + 1, rank, first[0].shape[1], dtype=dtype)
+    all_b = first[1].new_zeros(len(factors) + 1, first[1].shape[0], rank, dtype=dtype)
+    for i, (a, b, scaling) in enumerate(factors):
+        all_a[i, : len(a)] = a
+        all_b[i, :, : len(a)] = scaling * b
+    return all_a, all_b
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def adapters_by_row(model: nn.Module, rows: Sequence[str | None], dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Inside, row i of a batch [rows, ...] is computed with the adapter rows[i], or with the bare base for None.
+
+    For inference. Updates of offsets are those that the file would hold.
+
+    Args:
+        dtype: of the activations.
+
+    Raises:
+        AdapterError: the model carries no adapter of such a name, or kinds that cannot be mixed.
+    """
+    refuse_unknown(model, sorted({name for name in rows if name is not None}))
+    held = [c for _, c in carriers(model) if isinstance(c, AdaptedParameter) and set(c.adapters) & set(rows)]
+    if held:
+        raise AdapterError("adapters of parameters (experts, nn.MultiheadAttention) cannot differ from row to row")
+    layers = [layer for _, layer in adapted_layers(model) if set(layer.adapters) & set(rows)]
+    before = [layer.active for _, layer in adapted_layers(model)]
+    try:
+        for _, layer in adapted_layers(model):
+            layer.active = ()
+        for layer in layers:
+            layer.by_row = _RowAdapters(layer, rows, dtype)
+        yield
+    finally:
+        for (_, layer), active in zip(adapted_layers(model), before, strict=True):
+            layer.active, layer.by_row = active, None

@@ -1,0 +1,149 @@
+"""Which layers a spec means."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorafold.adapters.adapted import AdaptedLayer
+from lorafold.adapters.sites import SITES
+from lorafold.config import AdapterSpec
+from lorafold.errors import AdapterError, bullet_list, nearest
+from lorafold.quant.linear import QuantEmbedding, QuantLinear
+
+ALL_LINEAR = "all-linear"
+HEADS = ("lm_head", "score", "classifier", "qa_outputs")  # what all-linear leaves out, as PEFT does
+_LINEAR = (nn.Linear, QuantLinear, Conv1D, nn.MultiheadAttention)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear | QuantLinear]:
+    """All linear layers by name; an adapted layer appears as its base under its own name."""
+    return {name: m for name, m in _layers(model).items() if isinstance(m, nn.Linear | QuantLinear)}
+
+
+def adaptable(model: nn.Module, method: str = "lora") -> dict[str, nn.Module]:
+    """What a method can adapt, by name: of qa-lora linear layers, otherwise every kind of `SITES` and attention."""
+    if method == "qa-lora":
+        return dict(linear_layers(model))
+    kinds = (*SITES, nn.MultiheadAttention)
+    found = {name: module for name, module in _layers(model).items() if isinstance(module, kinds)}
+    attention = [f"{name}." for name, module in found.items() if isinstance(module, nn.MultiheadAttention)]
+    return {name: m for name, m in found.items() if not name.startswith(tuple(attention))}
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            layers[name] = module.base
+        elif not name.endswith(".base"):
+            layers[name] = module
+    return layers
+
+
+def find_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Names of the layers a spec means, in model order.
+
+    A target is `all-linear`, a name (matched whole or as the end of a dotted path), or, when it stands alone
+    and is not a plain name, a regular expression matched against the whole path.
+
+    Raises:
+        AdapterError: a target matches nothing; the message lists what could be matched, with counts.
+    """
+    layers = adaptable(model, spec.method)
+    names = list(layers)
+    linear = {name for name in names if isinstance(layers[name], _LINEAR) and name.rpartition(".")[2] not in HEADS}
+    chosen: set[str] = set()
+    faults = []
+    for target in spec.target_modules:
+        lone = len(spec.target_modules) == 1
+        hits = linear if target == ALL_LINEAR else {n for n in names if _matches(n, target, lone)}
+        if not hits:
+            faults.append(f"{target!r} matches no layer{nearest(target, _endings(names))}")
+        chosen |= hits
+    if faults:
+        listing = ", ".join(f"{ending} ({count})" for ending, count in _endings(names).items())
+        raise AdapterError("target_modules:\n" + bullet_list(faults) + f"\nlayers that can be adapted: {listing}")
+    lone = len(spec.exclude_modules) == 1
+    for target in spec.exclude_modules:
+        if not any(_matches(n, target, lone) for n in names):
+            raise AdapterError(f"exclude_modules: {target!r} matches no layer{nearest(target, _endings(names))}")
+    _refuse_tied(model, layers, chosen)
+    kept = [n for n in names if n in chosen and not any(_matches(n, e, lone) for e in spec.exclude_modules)]
+    if chosen and not kept:
+        raise AdapterError("exclude_modules leaves no layer to adapt; exclude less")
+    return _in_blocks(kept, spec.layers_to_transform)
+
+
+def _refuse_tied(model: nn.Module, layers: dict[str, nn.Module], chosen: Iterable[str]) -> None:
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    tied = [n for n in chosen if n in HEADS]
+    if tied:
+        raise AdapterError(
+            f"{tied[0]} has the embedding's weights in this model, so an update of it alone could not be written back; "
+            "leave it out of target_modules"
+        )
+    tables = [n for n in chosen if isinstance(layers[n], nn.Embedding | QuantEmbedding)]
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    tied = [n for n in tables if layers[n] is embedding]
+    if tied:
+        raise AdapterError(
+            f"{tied[0]} gives its weights to the head in this model, so an update of it alone could not be written "
+            "back; leave it out of target_modules"
+        )
+
+
+def _in_blocks(names: list[str], numbers: tuple[int, ...]) -> list[str]:
+    """The layers of blocks with these numbers; all where none are given."""
+    if not numbers:
+        return names
+    of_block = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
+    missing = sorted(set(numbers) - set(of_block.values()))
+    if missing:
+        raise AdapterError(
+            f"layers_to_transform: no target lies in block {', '.join(map(str, missing))}; "
+            f"there are {len(set(of_block.values()))} blocks, counted from 0"
+        )
+    return [name for name in names if of_block.get(name) in numbers]
+
+
+def _matches(name: str, target: str, lone: bool) -> bool:
+    if name == target or name.endswith(f".{target}"):
+        return True
+    if not lone or re.fullmatch(r"[\w.]+", target):
+        return False
+    try:
+        return re.fullmatch(target, name) is not None
+    except re.error as error:
+        raise AdapterError(f"{target!r} is neither a layer name nor a regular expression: {error}") from None
+
+
+def _endings(names: list[str]) -> Counter[str]:
+    return Counter(name.rpartition(".")[2] for name in names)
+
+
+def find_parameters(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Names of the parameters that `target_parameters` means, in model order: whole, or as the end of a dotted path.
+
+    Raises:
+        AdapterError: a name matches no parameter of two or three dimensions; those there are are listed.
+    """
+    plain = {n.replace(".base.", "."): p for n, p in model.named_parameters() if ".adapters." not in n}
+    plain = {re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", name): p for name, p in plain.items()}
+    found: set[str] = set()
+    faults = []
+    for target in spec.target_parameters:
+        hits = [n for n, p in plain.items() if p.dim() in (2, 3) and (n == target or n.endswith(f".{target}"))]
+        if not hits:
+            deep = Counter(name.rpartition(".")[2] for name, p in plain.items() if p.dim() == 3)
+            listing = f"; of three dimensions there are {', '.join(deep)}" if deep else ""
+            faults.append(f"{target!r} matches no parameter of two or three dimensions{listing}")
+        found |= set(hits)
+    if faults:
+        raise AdapterError("target_parameters:\n" + bullet_list(faults))
+    return [name for name in plain if name in found]
