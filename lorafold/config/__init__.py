@@ -5,6 +5,7 @@ is declared, checked in `__post_init__`, and written resolved into a run's `conf
 """
 
 from lorafold.config.adapter import DEFAULT_LEARNING_RATE, FULL, AdapterSpec, Method
+from lorafold.config.arithmetic import CombineConfig, RankConfig
 from lorafold.config.checks import check_positive, gather_faults
 from lorafold.config.data import DataConfig, RowsConfig
 from lorafold.config.quantize import QuantizeConfig
@@ -15,9 +16,11 @@ __all__ = [
     "DEFAULT_LEARNING_RATE",
     "FULL",
     "AdapterSpec",
+    "CombineConfig",
     "DataConfig",
     "Method",
     "QuantizeConfig",
+    "RankConfig",
     "RowsConfig",
     "RunConfig",
     "TrainingConfig",
