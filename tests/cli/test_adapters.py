@@ -348,3 +348,125 @@ def test_show_lists_every_layer_and_draws(
     assert "effective rank" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
     assert command("adapters", "show", made(tmp_path / "full", base, 0, r="full", adapt="both")) == 0
     assert "scales of model.layers.0" in capsys.readouterr().out
+
+
+def test_a_combination_of_runs_is_folded_and_verified(
+    trained: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run folders stand for their adapters, and an adapter folder is folded like a run."""
+    base, first = trained("llama", "Q4_1")
+    out, tuned = tmp_path / "both", tmp_path / "tuned.gguf"
+    second = made(tmp_path / "second", base, 1, 0.1, r=2)
+    assert command("adapters", "combine", first, second, "-o", out, "--weights", 0.5, 0.25) == 0
+    assert "QA-LoRA, 21 layers, rank 10" in capsys.readouterr().out
+    assert command("fold", out, "-o", tuned) == 0
+    assert "exact fold of 21 layers" in capsys.readouterr().out
+    assert tuned.stat().st_size == base.stat().st_size
+    assert command("verify", tuned, "--run", out) == 0
+    captured = capsys.readouterr()
+    assert "decoded file = training weights" in captured.out
+    assert "no held-out rows" in captured.err
+    assert command("verify", base, "--run", out) == 1
+    updates = [moved(base, folder) for folder in (first / "adapter", second)]
+    ours, theirs = (linear_layers(load(path).model) for path in (tuned, base))
+    for path, (offset, _) in updates[0].items():
+        wanted = 0.5 * offset + 0.25 * updates[1][path][0]
+        change = base_weight(ours[path]) - base_weight(theirs[path])
+        steps = wanted.abs().max() * 2**-10 + 2**-10  # of float16 offsets below 2, rounded before and after
+        assert (change - wanted.repeat_interleave(32, dim=1)).abs().max() <= steps
+
+
+def test_adapter_folders_are_exported(tiny_file: Tiny, tmp_path: Path, refused: Refused) -> None:
+    base = tiny_file("llama", "Q4_1")
+    grouped, lora = made(tmp_path / "group", base, 0), made(tmp_path / "lora", base, 0, method="lora")
+    assert command("export", grouped, "--to", "peft", "-o", tmp_path / "peft") == 0
+    assert command("adapters", "combine", tmp_path / "peft", lora, "-o", tmp_path / "sum", "--weights", 1, 1) == 0
+    assert command("export", tmp_path / "sum", "--to", "gguf-adapter", "-o", tmp_path / "sum.gguf") == 0
+    assert "PEFT's format already" in refused("export", tmp_path / "sum", "--to", "peft", "-o", tmp_path / "x")
+
+
+def edited(adapter: Path, to: Path, config: dict[str, Any] | None = None, drop: str = "", **tensors: Tensor) -> Path:
+    """A copy of an adapter folder with other options, and without or with other tensors."""
+    stored = {k: v for k, v in load_file(adapter / WEIGHTS).items() if not drop or drop not in k}
+    options = json.loads((adapter / "adapter_config.json").read_text())
+    to.mkdir()
+    save_file(stored | tensors, to / WEIGHTS, {"format": "pt", "pooling_divisor": "sqrt(group_size)"})
+    (to / "adapter_config.json").write_text(json.dumps(options | (config or {})))
+    return to
+
+
+def test_adapters_that_do_not_go_together(tiny_file: Tiny, tmp_path: Path, refused: Refused) -> None:
+    """Everything at once: bases, layers, shapes; with the way out."""
+    base, other = tiny_file("llama", "Q4_1"), tiny_file("qwen3", "Q4_1")
+    first = made(tmp_path / "first", base, 0, method="lora", r=4)
+    second = made(tmp_path / "second", other, 0, method="lora", r=2, target_modules=("q_proj", "o_proj"))
+    out = ["-o", tmp_path / "out", "--weights", 1, 1]
+    message = refused("adapters", "combine", first, second, *out, "--combination", "linear")
+    assert "different base weights" in message
+    assert "lacks 15 layers of the others (model.layers.0.mlp.down_proj, " in message
+    assert "--union" in message
+    assert "model.layers.0.self_attn.o_proj differs in shape: (64, 64) in" in message
+    assert "(64, 128) in" in message
+    assert "ranks differ in 6 layers" in message
+    assert "use cat or svd" in message
+    grouped = [
+        made(tmp_path / "offset", base, 0),
+        made(tmp_path / "scale", base, 0, adapt="scale"),
+        edited(tmp_path / "offset", tmp_path / "in-place", {"k_quants": "in-place"}),
+    ]
+    message = refused("adapters", "combine", *grouped, *out[:2], "--weights", 1, 1, 1)
+    assert "adapt differs: offset in" in message
+    assert "k_quants differs: in-place in" in message or "k_quants differs: promote in" in message
+    message = refused("adapters", "combine", first, grouped[1], *out)
+    assert "learns scales, so it is no LoRA" in message
+    assert "2 adapters and 1 weights" in refused("adapters", "combine", first, second, *out[:2], "--weights", 1)
+
+
+def test_damaged_adapters_are_named(tiny_file: Tiny, tmp_path: Path, refused: Refused) -> None:
+    base = tiny_file("llama", "Q4_1")
+    good = made(tmp_path / "good", base, 0, method="lora", r=4)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    bad = edited(
+        good,
+        tmp_path / "bad",
+        {"rank_pattern": {"layers.1.mlp.up_proj": 3}},
+        drop="layers.2.mlp.up_proj.lora_B",
+        **{f"{key}A.weight": torch.full((4, 64), torch.nan), f"{key}magnitude": torch.ones(3)},
+    )
+    message = refused("adapters", "combine", good, bad, tmp_path / "none", "-o", tmp_path / "out", "--weights", 1, 1, 1)
+    assert f"unexpected tensor {key}magnitude" in message
+    assert "q_proj.lora_A.weight is no matrix of finite numbers" in message
+    assert "model.layers.2.mlp.up_proj has no lora_B" in message
+    assert "model.layers.1.mlp.up_proj has factors [4, 64] and [96, 4], and its rank is to be 3" in message
+    assert f"{tmp_path / 'none'} is not an adapter folder" in message
+    (bad / WEIGHTS).write_bytes(b"no tensors")
+    assert "cannot be read" in refused("adapters", "show", bad)
+
+
+def test_the_base_is_asked_for_where_it_is_needed(tiny_file: Tiny, tmp_path: Path, refused: Refused) -> None:
+    """Offsets learned directly say nothing of the group size; the base the folder names may be elsewhere."""
+    base = tiny_file("llama", "Q4_1")
+    made(tmp_path / "full", base, 0, r="full")
+    adapter = edited(tmp_path / "full", tmp_path / "moved", {"base_model_name_or_path": str(tmp_path / "gone.gguf")})
+    out = tmp_path / "out"
+    message = refused("adapters", "reduce", adapter, "-o", out, "--r", 1)
+    assert "--base" in message
+    assert "gone.gguf" in message
+    message = refused(
+        "adapters", "reduce", tmp_path / "full", "-o", out, "--r", 1, "--base", tiny_file("qwen3", "Q4_1")
+    )
+    assert "trained on other base weights" in message
+    assert command("adapters", "reduce", adapter, "-o", out, "--r", 1, "--base", base) == 0
+    assert command("adapters", "reduce", adapter, "-o", out, "--r", 1, "--base", base, "--overwrite") == 0
+
+
+def test_other_refusals(dense: Path, tiny_file: Tiny, tmp_path: Path, refused: Refused) -> None:
+    out = ["-o", tmp_path / "out"]
+    assert "no linear layer differs" in refused(
+        "adapters", "extract", "--base", dense, "--tuned", dense, *out, "--r", 1
+    )
+    message = refused("adapters", "extract", "--base", dense, "--tuned", tiny_file("qwen3", "Q4_1"), *out, "--r", 1)
+    assert "q_proj is (64, 64) in" in message
+    adapter = made(tmp_path / "adapter", tiny_file("llama", "Q4_1"), 0)
+    assert ".svg, .png, .pdf, not .txt" in refused("adapters", "show", adapter, "-o", tmp_path / "plot.txt")
+    assert "exists already" in refused("adapters", "reduce", adapter, "-o", adapter, "--r", 1)
