@@ -116,7 +116,7 @@ def show(adapter: Path, *, output: Annotated[Path | None, _OUTPUT] = None, overw
 
     from lorafold.files import check_output
     from lorafold.runs import display as shown
-    from lorafold.runs.spectra import check_plot, plot_spectra, spectra
+    from lorafold.runs.spectra import check_plot, means, plot_spectra, spectra
 
     if output is not None:
         check_plot(output)
@@ -125,6 +125,9 @@ def show(adapter: Path, *, output: Annotated[Path | None, _OUTPUT] = None, overw
     table = Table("layer", "rank", "largest singular value", "norm", "effective rank", "stable rank")
     for spectrum in found:
         table.add_row(spectrum.layer, str(spectrum.rank), *(f"{value:.4g}" for value in spectrum.figures()))
+    table.add_section()
+    for kind, figures in means(found).items():
+        table.add_row(f"mean of {kind}", *(f"{value:.4g}" for value in figures))
     Console(markup=False).print(table)
     if output is not None:
         plot_spectra(found, output)

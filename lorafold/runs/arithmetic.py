@@ -86,7 +86,7 @@ def combine_adapters(folders: Sequence[Path], config: CombineConfig, base: str |
 
     Args:
         base: model, needed where LoRA meets QA-LoRA, or offsets learned directly meet factors; None: the one that the
-            first adapter names.
+            first QA-LoRA adapter names.
         say: what the user is told on the way.
 
     Raises:
@@ -97,7 +97,7 @@ def combine_adapters(folders: Sequence[Path], config: CombineConfig, base: str |
         raise ConfigError(f"there are {len(folders)} adapters and {len(config.weights)} weights; give one for each")
     adapters = _read(folders)
     _refuse(adapters, config)
-    bases = _Base(base, adapters[0])
+    bases = _Base(base, next((a for a in adapters if a.spec.method == "qa-lora"), adapters[0]))
     if len({adapter.spec.method for adapter in adapters}) > 1:
         say("LoRA meets QA-LoRA: the latter is expanded to an ordinary LoRA, so the result has no exact fold")
         adapters = [

@@ -37,8 +37,9 @@ class Spectrum:
 
     @property
     def kind(self) -> str:
-        """The last part of the layer's name, such as `q_proj`."""
-        return self.layer.rpartition(".")[2]
+        """The last part of the layer's name, such as `q_proj`, or `scales of q_proj`."""
+        kind = self.layer.rpartition(".")[2]
+        return f"scales of {kind}" if self.layer.startswith("scales of ") else kind
 
     def figures(self) -> tuple[float, float, float, float]:
         """Spectral norm, Frobenius norm, effective rank, stable rank."""
@@ -58,6 +59,14 @@ def spectra(folder: Path) -> list[Spectrum]:
         layer = f"scales of {place.layer}" if place.part == "scale" else place.layer
         found.append(Spectrum(layer, update.rank if isinstance(update, LowRank) else len(values), values))
     return found
+
+
+def means(found: Sequence[Spectrum]) -> dict[str, tuple[float, ...]]:
+    """Kind of layer -> the mean of its ranks and of each of its `figures`."""
+    kinds: dict[str, list[tuple[float, ...]]] = {}
+    for spectrum in found:
+        kinds.setdefault(spectrum.kind, []).append((spectrum.rank, *spectrum.figures()))
+    return {kind: tuple(sum(column) / len(rows) for column in zip(*rows, strict=True)) for kind, rows in kinds.items()}
 
 
 def check_plot(path: Path) -> None:
@@ -86,9 +95,10 @@ def plot_spectra(found: Sequence[Spectrum], path: Path) -> None:
                 shares = spectrum.values / spectrum.values[0].clamp_min(torch.finfo(torch.float64).tiny)
                 falling.plot(range(1, len(shares) + 1), shares.tolist(), color=f"C{number}", linewidth=1, alpha=0.5)
             ranks.plot([spectrum.figures()[2] for spectrum in own], color=f"C{number}", marker=".", label=kind)
-        falling.set(xlabel="number", ylabel="singular value / largest", yscale="log", ylim=(1e-4, 1.5))
+        falling.set(xlabel="number", ylabel="singular value / largest", yscale="log")
+        falling.set_ylim(bottom=max(falling.get_ylim()[0], 1e-4))
         ranks.set(xlabel="layer", ylabel="effective rank", ylim=(0, None))
-        ranks.legend(frameon=False, fontsize="small")
+        ranks.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         for axes in (falling, ranks):
             axes.grid(alpha=0.3)
         with replacing(path) as temporary:

@@ -335,16 +335,21 @@ def test_show_lists_every_layer_and_draws(
     base = tiny_file("llama", "Q4_1")
     adapter = made(tmp_path / "adapter", base, 0, method="lora", r=5)
     assert command("adapters", "show", adapter, "-o", tmp_path / "plot.svg") == 0
-    rows = {
-        r[0]: r[1:]
-        for r in re.findall(r"(model\S+) +│ (\d+) +│ (\S+) +│ (\S+) +│ (\S+) +│ (\S+)", capsys.readouterr().out)
-    }
+    table = capsys.readouterr().out
+    columns = r" +│ (\S+)" * 5
+    rows = {r[0]: r[1:] for r in re.findall(rf"(model\S+){columns}", table)}
+    means = dict.fromkeys(("q_proj", "down_proj"), 0.0)
     for path, delta in deltas(adapter, base).items():
         values = torch.linalg.svdvals(delta.double())
         p = values[:5] / values[:5].sum()
         wanted = [5, values[0], values.norm(), (-(p * p.log()).sum()).exp(), values.square().sum() / values[0] ** 2]
         assert [float(n) for n in rows.pop(path)] == pytest.approx([float(n) for n in wanted], rel=1e-3)
+        means = {kind: mean + float(wanted[3]) / 3 * path.endswith(kind) for kind, mean in means.items()}
     assert not rows
+    for kind, mean in means.items():
+        row = re.search(rf"mean of {kind}{columns}", table)
+        assert row is not None
+        assert float(row[4]) == pytest.approx(mean, rel=1e-3)
     assert "effective rank" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
     assert command("adapters", "show", made(tmp_path / "full", base, 0, r="full", adapt="both")) == 0
     assert "scales of model.layers.0" in capsys.readouterr().out
