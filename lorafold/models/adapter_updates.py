@@ -183,38 +183,44 @@ def write_updates(folder: Path, like: StoredAdapter, updates: Mapping[Place, Upd
     Raises:
         OutputError: it cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
-    full = any(isinstance(update, Tensor) for update in updates.values())
     ranks: dict[str, int] = {}
     for place, update in updates.items():
         if isinstance(update, LowRank):
             ranks[place.layer] = max(update.rank, ranks.get(place.layer, 0))  # offsets and scales have one rank
+    tensors: dict[str, Tensor] = {}
     for place, update in updates.items():
         key = f"{_PREFIX}{place.layer}.{place.part}"
         if isinstance(update, Tensor):
             tensors[f"{_PREFIX}{place.layer}.{'offset' if place.part == 'lora' else 'scale'}_delta"] = update
-            continue
-        update = padded(update, ranks[place.layer])
-        ending = ".weight" if place.part == "lora" else ""
-        tensors[f"{key}_A{ending}"], tensors[f"{key}_B{ending}"] = update.a, update.b * update.scaling
+        else:
+            factors = padded(update, ranks[place.layer])
+            ending = ".weight" if place.part == "lora" else ""
+            tensors[f"{key}_A{ending}"], tensors[f"{key}_B{ending}"] = factors.a, factors.b * factors.scaling
+    header = {"format": "pt"} | ({"base_weights_sha256": like.base_hash} if like.base_hash else {})
+    if like.spec.method == "qa-lora":
+        header["pooling_divisor"] = POOLING
+    config = _config(like, sorted({place.layer for place in updates}), ranks)
+    write_adapter_folder(folder, config, {k: v.float().contiguous() for k, v in tensors.items()}, header)
+
+
+def _config(like: StoredAdapter, layers: list[str], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """alpha = r everywhere, so that readers which pass over the patterns scale by 1 as well; no ranks: r = full."""
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     unusual = {layer: rank for layer, rank in ranks.items() if rank != usual}
     config: dict[str, Any] = {
         "peft_type": "LORA" if like.spec.method == "lora" else "QA_LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": like.base,
-        "r": FULL if full else usual,
+        "r": usual if ranks else FULL,
         "lora_alpha": usual,
         "rank_pattern": unusual,
         "alpha_pattern": dict(unusual),
         "lora_dropout": 0.0,
-        "target_modules": sorted({place.layer for place in updates}),
+        "target_modules": layers,
         "use_rslora": False,
         "bias": "none",
         "inference_mode": True,
     }
-    header = {"format": "pt"} | ({"base_weights_sha256": like.base_hash} if like.base_hash else {})
     if like.spec.method == "qa-lora":
         config |= {"adapt": like.spec.adapt, "k_quants": like.spec.k_quants}
-        header["pooling_divisor"] = POOLING
-    write_adapter_folder(folder, config, {k: v.float().contiguous() for k, v in tensors.items()}, header)
+    return config

@@ -226,6 +226,7 @@ def test_lora_meets_qa_lora(r: Any, tiny_file: Tiny, tmp_path: Path, capsys: pyt
     """Expanded, which is said: the sum of what each adds to the weights."""
     base = tiny_file("llama", "Q4_1")
     lora, grouped = made(tmp_path / "lora", base, 0, method="lora", r=3), made(tmp_path / "group", base, 1, 0.05, r=r)
+    lora = edited(lora, tmp_path / "elsewhere", {"base_model_name_or_path": "meta/other"})  # the packed base counts
     out = tmp_path / "out"
     assert command("adapters", "combine", lora, grouped, "-o", out, "--weights", 2, 0.5) == 0
     assert "expanded" in " ".join(capsys.readouterr().err.split())
