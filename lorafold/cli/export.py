@@ -18,20 +18,23 @@ def export(
     """Write a run's adapter for other tools; a qa-lora adapter is expanded to an ordinary LoRA.
 
     Args:
-        run: run folder that `lorafold train` wrote.
+        run: run folder that `lorafold train` wrote, or an adapter folder.
         to: peft (a folder that PEFT, vLLM and others load), gguf-adapter (a file for llama.cpp's --lora) or mlx-adapter
             (a folder for mlx-lm's --adapter-path).
         output: folder or file to write.
         overwrite: replace an existing output.
     """
+    from lorafold.errors import ConfigError
     from lorafold.files import check_output
     from lorafold.models.exports import export_gguf_adapter, export_mlx_adapter, export_peft
     from lorafold.runs import display as shown
     from lorafold.runs.fold import load_trained
-    from lorafold.runs.folder import read_run
+    from lorafold.runs.folder import read_trained
 
     check_output(output, overwrite)
-    trained = read_run(run)
+    trained = read_trained(run)
+    if to == "peft" and trained.bare and trained.config.adapter.method == "lora":
+        raise ConfigError(f"{run} is in PEFT's format already: copy the folder")
     loaded = load_trained(trained)
     if to == "peft":
         export_peft(loaded, trained.config.adapter, output)

@@ -22,7 +22,7 @@ def fold(
     wider types (--to f16), or quantized again with loss (--to q4_1 --lossy), and is told what is left of the gain.
 
     Args:
-        run: run folder that `lorafold train` wrote.
+        run: run folder that `lorafold train` wrote, or an adapter folder.
         output: file to write (a folder, when the base is a transformers folder).
         to: type of the adapted matrices, instead of the base's own.
         lossy: write a result that loses part of the update, and measure how much of the gain is left.
@@ -31,14 +31,14 @@ def fold(
     from lorafold.files import check_output
     from lorafold.runs import display as shown
     from lorafold.runs.fold import fold_run
-    from lorafold.runs.folder import read_run
+    from lorafold.runs.folder import read_trained
     from lorafold.runs.gain import measure_gain
 
     check_output(output, overwrite)
-    trained = read_run(run)
+    trained = read_trained(run)
     report = fold_run(trained, output, to, lossy)
     shown.output(f"{output}: {report.describe()}")
-    if lossy and report.kind != "exact":
+    if lossy and report.kind != "exact" and not trained.bare:
         shown.output(measure_gain(trained, output, shown.Display()).describe())
     elif report.kind == "exact":
         shown.output(f"next: lorafold verify {output} --run {run}")

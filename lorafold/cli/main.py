@@ -12,7 +12,7 @@ import sys
 from cyclopts import App, CycloptsError, Parameter
 
 import lorafold
-from lorafold.cli import demo, evaluate, export, fold, generate, preview, quantize, train, verify
+from lorafold.cli import adapters, demo, evaluate, export, fold, generate, preview, quantize, train, verify
 from lorafold.cli.config_file import expand_config
 from lorafold.config import gather_faults
 from lorafold.errors import LoraFoldError
@@ -31,6 +31,7 @@ app.command(generate.generate)
 app.command(evaluate.evaluate, name="eval")
 app.command(preview.preview)
 app.command(quantize.quantize)
+app.command(adapters.app)
 app.command(demo.demo)
 
 

@@ -10,7 +10,7 @@ def verify(file: Path, *, run: Path, data: Path | None = None, tokens: int = 200
 
     Args:
         file: the folded .gguf file, or MLX folder.
-        run: run folder it was folded from.
+        run: run or adapter folder it was folded from.
         data: rows for the comparison in the runtime, instead of the run's held-out rows.
         tokens: predictions compared in the runtime.
         runtime: compare in llama.cpp or MLX, where it is installed.
@@ -19,15 +19,17 @@ def verify(file: Path, *, run: Path, data: Path | None = None, tokens: int = 200
     from lorafold.errors import DataError
     from lorafold.models.load import load_tokenizer_only
     from lorafold.runs.display import Display, output
-    from lorafold.runs.folder import read_run
+    from lorafold.runs.folder import read_trained
     from lorafold.runs.prepare import held_out_rows
     from lorafold.runs.verify import check_table, missing_runtime, verify_file, verify_runtime
 
     check_positive(tokens=tokens)
-    trained = read_run(run)
+    trained = read_trained(run)
     checks = verify_file(file, trained)
     display = Display()
     missing = missing_runtime(trained) if runtime else None
+    if runtime and trained.bare and data is None:
+        missing = "an adapter folder has no held-out rows: the runtime is compared on those of --data"
     if runtime and missing is None:
         tokenizer = load_tokenizer_only(str(file))
         try:

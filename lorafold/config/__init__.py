@@ -5,6 +5,7 @@ is declared, checked in `__post_init__`, and written resolved into a run's `conf
 """
 
 from lorafold.config.adapter import DEFAULT_LEARNING_RATE, FULL, METHODS, AdapterSpec
+from lorafold.config.arithmetic import CombineConfig, RankConfig
 from lorafold.config.checks import check_positive, gather_faults
 from lorafold.config.data import DataConfig, RowsConfig
 from lorafold.config.quantize import QuantizeConfig
@@ -16,8 +17,10 @@ __all__ = [
     "FULL",
     "METHODS",
     "AdapterSpec",
+    "CombineConfig",
     "DataConfig",
     "QuantizeConfig",
+    "RankConfig",
     "RowsConfig",
     "RunConfig",
     "TrainingConfig",

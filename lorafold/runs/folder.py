@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
-from lorafold.config import RunConfig
+from lorafold.config import DataConfig, RunConfig
 from lorafold.errors import ConfigError, bullet_list
 from lorafold.files import OutputError, check_output, reason, write_text
+from lorafold.models import adapter_files
 
 CONFIG, METRICS, SAMPLES, SUMMARY, ADAPTER, REPORT = (
     "config.yaml",
@@ -107,9 +108,14 @@ class Run:
     summary: dict[str, Any]
 
     @property
+    def bare(self) -> bool:
+        """Whether the folder is an adapter alone, without rows, metrics and samples."""
+        return (self.path / adapter_files.CONFIG).is_file()
+
+    @property
     def adapter(self) -> Path:
         """Folder of the trained adapter."""
-        return self.path / ADAPTER
+        return self.path if self.bare else self.path / ADAPTER
 
 
 def read_run(path: Path) -> Run:
@@ -130,6 +136,18 @@ def read_run(path: Path) -> Run:
         return Run(path, config, _lines(path / METRICS), _lines(path / SAMPLES), summary)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
+
+
+def read_trained(path: Path) -> Run:
+    """A run folder, or an adapter folder (combined, reduced, or PEFT's) as the run of a model that it names.
+
+    Raises:
+        ConfigError, AdapterError: it is neither, or its files are damaged; all faults are named.
+    """
+    if not (path / adapter_files.CONFIG).is_file():
+        return read_run(path)
+    spec, config = adapter_files.read_spec(path)
+    return Run(path, RunConfig(str(config.get("base_model_name_or_path")), path, DataConfig(path), spec), [], [], {})
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
