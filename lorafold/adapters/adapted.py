@@ -96,24 +96,29 @@ Carrier = AdaptedLayer | AdaptedParameter
 
 
 def carriers(model: nn.Module) -> Iterator[tuple[str, Carrier]]:
-    """(name of the layer or parameter, what carries its adapters)."""
-    adapted: set[str] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLayer):
-            adapted.add(name)
-            yield name, module
-        elif isinstance(module, AdaptedParameter):
-            owner, _, parameter = f".{name}".rpartition(".parametrizations.")
-            owner, parameter = owner[1:], parameter.partition(".")[0]
-            owner = owner.removesuffix(".base") if owner.removesuffix(".base") in adapted else owner
-            yield f"{owner}.{parameter}" if owner else parameter, module
+    """(name of the layer or parameter, what carries its adapters), in model order."""
+    return _carriers("", model)
+
+
+def _carriers(path: str, module: nn.Module) -> Iterator[tuple[str, Carrier]]:
+    """Walks by hand: with many adapters most modules are parts of these, and there is nothing in them to be found."""
+    if isinstance(module, AdaptedLayer):
+        yield path, module
+        yield from _carriers(path, module.base)
+        return
+    for name, child in module._modules.items():
+        if isinstance(child, nn.ModuleDict) and name == "parametrizations":
+            for parameter, chain in child.items():
+                for link in chain.children():
+                    if isinstance(link, AdaptedParameter):
+                        yield f"{path}.{parameter}" if path else parameter, link
+        elif child is not None:
+            yield from _carriers(f"{path}.{name}" if path else name, child)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """(name, layer) of every layer that carries adapters."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLayer):
-            yield name, module
+    return ((name, carrier) for name, carrier in carriers(model) if isinstance(carrier, AdaptedLayer))
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
