@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import Pack, micro_batches, pack
 from lorafold.data.tokens import Tokens
-from lorafold.kernels import block
+from lorafold.kernels.choice import kernels_for
 from lorafold.models.load import LoadedModel
 from lorafold.quant.linear import QuantLinear
 
@@ -34,8 +34,8 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  #
 
 def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """The loss of each row [S] of logits [S, V], which with `gradient` become its gradient."""
-    if block.usable(logits):
-        return block.cross_entropy_(logits, targets, gradient)
+    if kernels := kernels_for(logits):
+        return kernels.cross_entropy_(logits, targets, gradient)
     wide = logits.float()
     normalizer = wide.logsumexp(-1, keepdim=True)
     losses = normalizer - wide.gather(1, targets[:, None])

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from lorafold.quant.ggml import Codec
-from lorafold.quant.kernels import NF4_VALUES
+from lorafold.quant.kernels import INT8_STEP, NF4_VALUES
 
 BLOCK, NESTED = 64, 256
-_INT8_STEP = 7.874015718698502e-3  # 1 / 127
 _TINY = 1e-38
 _HALF_TABLE = 32767.5
 
@@ -117,7 +116,7 @@ class Int8Codec(Codec):
 
     def decode_reference(self, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
         """Dense [O, I]; there are no offsets."""
-        return (self.codes(blocks)[:, 0] * scale * _INT8_STEP).to(dtype)
+        return (self.codes(blocks)[:, 0] * scale * INT8_STEP).to(dtype)
 
     def encode(self, weight: Tensor) -> Tensor:
         """Blocks [O, 1, 4 + I] of a dense matrix [O, I]; a row of zeros stays one."""
