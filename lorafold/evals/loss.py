@@ -148,12 +148,12 @@ def evaluate(
         progress: called with the number of rows done after each forward pass.
         shared: as in `pack`.
     """
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64, device=loaded.device), 0
     with head_once(loaded):
         for group in micro_batches(rows, max_tokens, loaded.row_align, shared):
             batch = pack(group, loaded.row_align, shared, WHOLE).to(loaded.device)
-            total += float(pack_loss(loaded, batch))
+            total += pack_loss(loaded, batch)
             count += len(batch.targets)
             if progress:
                 progress(len(group))
-    return total / count
+    return float(total) / count

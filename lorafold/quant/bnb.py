@@ -37,6 +37,11 @@ def dynamic_values() -> Tensor:
     return torch.tensor(sorted(values))
 
 
+@cache
+def _dynamic_values_on(device: torch.device) -> Tensor:
+    return dynamic_values().to(device)
+
+
 def _nearest(scaled: Tensor, values: Tensor) -> Tensor:
     """Index of the nearest of ascending values; halfway between two the lower."""
     return torch.bucketize(scaled, (values[:-1] + values[1:]) / 2).to(torch.uint8)
@@ -69,7 +74,7 @@ class NF4Codec(Codec):
     def nested_scale(self, blocks: Tensor, extra: Tensor) -> Tensor:
         """The same from 8-bit codes, with extra float32 [1 + blocks / 256]."""
         shared = extra[1:].repeat_interleave(NESTED)[: blocks.shape[0] * blocks.shape[1]]
-        values = dynamic_values().to(blocks.device)[blocks[..., 0].flatten().long()]
+        values = _dynamic_values_on(blocks.device)[blocks[..., 0].flatten().long()]
         return (values * shared + extra[0]).view(blocks.shape[:2])
 
     def codes(self, blocks: Tensor) -> Tensor:
