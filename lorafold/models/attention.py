@@ -105,9 +105,13 @@ def _attend_at_once(
 ) -> Tensor:
     """All rows of a pack: q [1, H, N, D], k and v [1, K, N, D] -> [1, N, H, D]."""
     mask = _pack_mask(tuple(lengths), tuple(parents or [-1] * len(lengths)), window, q.dtype, q.device)
-    shared = q.shape[1] // k.shape[1]  # torch's kernels with a mask want keys for every query head
-    k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v))
+    k, v = (_for_every_head(x, q.shape[1]) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling).transpose(1, 2)
+
+
+def _for_every_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [1, K, M, D] as [1, H, M, D]: with a mask torch's fast kernels of a GPU share none."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 @lru_cache(maxsize=2)  # a model has one window, and layers without one
@@ -136,9 +140,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None)
     if q.device.type != "cpu" or tokens > KEPT_TOKENS:
         causal = tokens == seen and not windowed
         mask = None if causal else _mask(tokens, seen, window if windowed else None, torch.bool, q.device)
-        out = F.scaled_dot_product_attention(
-            q[None], k[None], v[None], mask, is_causal=causal, scale=scaling, enable_gqa=True
-        )
+        k, v = k[None], v[None]
+        if not causal and q.device.type != "cpu":
+            k, v = _for_every_head(k, heads), _for_every_head(v, heads)
+        gqa = k.shape[1] != heads
+        out = F.scaled_dot_product_attention(q[None], k, v, mask, is_causal=causal, scale=scaling, enable_gqa=gqa)
         return out[0].transpose(0, 1)
     grouped = q.reshape(kv_heads, heads // kv_heads * tokens, width)  # the query heads that share a key head
     scores = torch.bmm(grouped * scaling, k.transpose(1, 2)).view(heads, tokens, seen)

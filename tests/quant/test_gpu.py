@@ -9,7 +9,7 @@ from torch import Tensor
 from lorafold.quant import gpu
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.weight import QuantizedWeight, encode
-from tests.gpu import bfloat16_rounded, devices  # noqa: F401 (a fixture)
+from tests.gpu import INTERPRETED, bfloat16_rounded, devices  # noqa: F401 (a fixture)
 from tests.quant.test_ggml import HALVES_AT, random_blocks
 
 pytestmark = [
@@ -114,6 +114,7 @@ def test_other_types_and_devices_go_elsewhere() -> None:
     assert not gpu.usable(blocks.to("meta"), torch.float32)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here")
 def test_packed_weights_on_a_gpu_decode_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dispatch, with the interpreter in the place of a GPU: float16 is what the CPU's kernels do not make."""
     weight = QuantizedWeight("Q4_1", (5, 96), blocks_of("Q4_1", 5, 3))
