@@ -89,7 +89,8 @@ def main() -> None:
             with_adapters(spec, arguments.rows), arguments.rows, arguments.tokens, arguments.turns
         )
         print(
-            f"| {arguments.rows} x {label} | {found['switch_ms']:.2f} ms | {found['tokens_per_second_one']:.0f} tokens/s "
+            f"| {arguments.rows} x {label} | {found['switch_ms']:.2f} ms "
+            f"| {found['tokens_per_second_one']:.0f} tokens/s "
             f"| {found['tokens_per_second_each']:.0f} tokens/s | {found['speed_ratio']:.2f} "
             f"| {found['prepare_seconds']:.2f} s |",
             flush=True,

@@ -64,6 +64,7 @@ ENGINES = {
     "xllamacpp": "evals/llama_cpp.py",
     "mlx": "evals/mlx_lm.py",
     "mlx_lm": "evals/mlx_lm.py",
+    "triton": "kernels/gpu.py",
     "llvmlite": "kernels/lanes.py kernels/rows.py kernels/tiles.py quant/lookup.py",
     "numba": "kernels/attention.py kernels/block.py kernels/compiled.py kernels/lanes.py "
     "kernels/products.py kernels/rows.py kernels/tiles.py quant/kernels.py quant/lookup.py quant/solver.py",
@@ -90,8 +91,8 @@ def test_modules_are_explained_and_of_one_concept(path: Path) -> None:
 
 
 def test_functions_import_only_where_a_command_or_an_extra_needs_it() -> None:
-    """Commands load heavy libraries when they are called; elsewhere only optional packages may wait."""
-    optional = {"xllamacpp", "mlx", "mlx_lm", "huggingface_hub"}
+    """Commands load heavy libraries when they are called; elsewhere only optional packages may wait or be tried."""
+    optional = {"triton", "xllamacpp", "mlx", "mlx_lm", "huggingface_hub"}
     for path in MODULES:
         if path.parent.name != "cli":
             late = set(imports(path)) - set(imports(path, nested=False))

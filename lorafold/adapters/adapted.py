@@ -95,25 +95,28 @@ class AdaptedLayer(nn.Module):
 Carrier = AdaptedLayer | AdaptedParameter
 
 
-def carriers(model: nn.Module) -> Iterator[tuple[str, Carrier]]:
-    """(name of the layer or parameter, what carries its adapters), in model order."""
-    return _carriers("", model)
+def carriers(model: nn.Module) -> list[tuple[str, Carrier]]:
+    """(name of the layer or parameter, what carries its adapters), in model order.
 
-
-def _carriers(path: str, module: nn.Module) -> Iterator[tuple[str, Carrier]]:
-    """Walks by hand: with many adapters most modules are parts of these, and there is nothing in them to be found."""
-    if isinstance(module, AdaptedLayer):
-        yield path, module
-        yield from _carriers(path, module.base)
-        return
-    for name, child in module._modules.items():
-        if isinstance(child, nn.ModuleDict) and name == "parametrizations":
-            for parameter, chain in child.items():
-                for link in chain.children():
-                    if isinstance(link, AdaptedParameter):
-                        yield f"{path}.{parameter}" if path else parameter, link
-        elif child is not None:
-            yield from _carriers(f"{path}.{name}" if path else name, child)
+    Walks by hand: with many adapters most modules are parts of these, and there is nothing in them to be found.
+    """
+    found: list[tuple[str, Carrier]] = []
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if isinstance(module, AdaptedLayer):
+            found.append((path, module))
+            module = module.base
+        children, prefix = module._modules, f"{path}." if path else ""
+        chains = children.get("parametrizations")
+        if isinstance(chains, nn.ModuleDict):
+            for parameter, chain in chains.items():
+                found += [(prefix + parameter, link) for link in chain.children() if isinstance(link, AdaptedParameter)]
+        for name in reversed(children):
+            child = children[name]
+            if child is not None and child is not chains:
+                stack.append((prefix + name, child))
+    return found
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
@@ -178,9 +181,11 @@ def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
         AdapterError: the model carries no adapter of such a name.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names or ())
-    refuse_unknown(model, wanted)
-    for _, carrier in carriers(model):
-        carrier.active = tuple(name for name in wanted if name in carrier.adapters)
+    found = [carrier for _, carrier in carriers(model)]
+    if not all(any(name in carrier.adapters for carrier in found) for name in wanted):
+        refuse_unknown(model, wanted)
+    for carrier in found:
+        carrier.active = tuple([name for name in wanted if name in carrier.adapters])
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

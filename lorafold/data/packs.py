@@ -52,15 +52,12 @@ class Pack:
     targets: Tensor
 
     def to(self, device: torch.device | str) -> Pack:
-        """The same pack with its tensors on another device."""
-        return Pack(
-            self.ids.to(device),
-            self.positions.to(device),
-            self.segments,
-            self.parents,
-            self.target_at.to(device),
-            self.targets.to(device),
+        """The same pack with its tensors on another device; on a GPU once it gets there, without waiting for it."""
+        ids, positions, target_at, targets = (
+            tensor.to(device, non_blocking=torch.device(device).type != "cpu")
+            for tensor in (self.ids, self.positions, self.target_at, self.targets)
         )
+        return Pack(ids, positions, self.segments, self.parents, target_at, targets)
 
 
 @dataclass(frozen=True)

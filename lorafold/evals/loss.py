@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import Pack, micro_batches, pack
 from lorafold.data.tokens import Tokens
-from lorafold.kernels import block
+from lorafold.kernels.choice import kernels_for
 from lorafold.models.load import LoadedModel
 from lorafold.quant.linear import QuantLinear
 
@@ -34,8 +34,8 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  #
 
 def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """The loss of each row [S] of logits [S, V], which with `gradient` become its gradient."""
-    if block.usable(logits):
-        return block.cross_entropy_(logits, targets, gradient)
+    if kernels := kernels_for(logits):
+        return kernels.cross_entropy_(logits, targets, gradient)
     wide = logits.float()
     normalizer = wide.logsumexp(-1, keepdim=True)
     losses = normalizer - wide.gather(1, targets[:, None])
@@ -148,12 +148,12 @@ def evaluate(
         progress: called with the number of rows done after each forward pass.
         shared: as in `pack`.
     """
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64, device=loaded.device), 0
     with head_once(loaded):
         for group in micro_batches(rows, max_tokens, loaded.row_align, shared):
             batch = pack(group, loaded.row_align, shared, WHOLE).to(loaded.device)
-            total += float(pack_loss(loaded, batch))
+            total += pack_loss(loaded, batch)
             count += len(batch.targets)
             if progress:
                 progress(len(group))
-    return total / count
+    return float(total) / count

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lorafold.adapters.adapted import parameters_once
@@ -143,18 +143,20 @@ def _one_step(
 ) -> Step:
     began = time.perf_counter()
     supervised = sum(sum(row.supervised) for row in batch)
-    total_loss = 0.0
+    losses: list[Tensor] = []
     if shared is not None:
         batch = sorted(batch, key=lambda row: row.ids)  # neighbours have most in common
     with parameters_once(loaded.model), head_once(loaded):
-        for group in micro_batches(batch, plan.micro_batch_tokens, loaded.row_align, shared):
+        groups = micro_batches(batch, plan.micro_batch_tokens, loaded.row_align, shared)
+        for group in groups:
             loss = pack_loss(loaded, pack(group, loaded.row_align, shared, WHOLE).to(loaded.device))
-            value = float(loss.detach())
+            losses.append(loss.detach())
+            (loss / supervised).backward()
+        values = torch.stack(losses).tolist()  # not one by one: a GPU would be waited for each time
+        for value, group in zip(values, groups, strict=True):
             if not math.isfinite(value):
                 optimizer.zero_grad(set_to_none=True)
                 raise TrainingError(f"the loss is {value} at step {step}, {_culprits(loaded, group)}")
-            (loss / supervised).backward()
-            total_loss += value
     limit = config.max_grad_norm or math.inf
     norm = float(nn.utils.clip_grad_norm_(parameters, limit))
     if not math.isfinite(norm):
@@ -166,7 +168,7 @@ def _one_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(len(row.ids) for row in batch)
-    return Step(step, total_loss / supervised, rate, norm, len(batch), tokens, supervised, time.perf_counter() - began)
+    return Step(step, sum(values) / supervised, rate, norm, len(batch), tokens, supervised, time.perf_counter() - began)
 
 
 def drops_out(model: nn.Module) -> bool:
