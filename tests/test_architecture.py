@@ -21,6 +21,7 @@ ALLOWED = {
     "train": {"models", "adapters", "data", "evals"},
     "runs": {"quant", "adapters", "models", "data", "evals", "train"},
     "cli": {"quant", "adapters", "models", "data", "evals", "train", "runs"},
+    "__main__": {"cli"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

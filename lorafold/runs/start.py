@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lorafold.adapters.inject import Injection, inject
+from lorafold.adapters.inject import Injection, adapter_state, inject
 from lorafold.config import RunConfig
 from lorafold.data.rows import Example
 from lorafold.data.tokens import prompt_ids
 from lorafold.errors import ConfigError, TrainingError
 from lorafold.evals.generate import generate
 from lorafold.evals.loss import evaluate
-from lorafold.models.adapter_files import save_adapter
+from lorafold.models.adapter_files import load_adapter, save_adapter
 from lorafold.models.load import LoadedModel, compute_dtype, load
 from lorafold.runs.display import Display, training_note
-from lorafold.runs.folder import ADAPTER, Run, RunFolder, check_folder, read_run
+from lorafold.runs.folder import (
+    ADAPTER,
+    METRICS,
+    SAMPLES,
+    Run,
+    RunFolder,
+    check_folder,
+    checkpoint_folder,
+    lines_of,
+    read_run,
+)
 from lorafold.runs.prepare import PreparedData, prepare
 from lorafold.runs.report import write_report
+from lorafold.runs.resume import Left, check_same_learning, left_of, sweep
 from lorafold.train.budget import Plan
-from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, plan_step, rows_per_step, total_steps, train_steps
+from lorafold.train.checkpoint import State, restore_optimizer, save_checkpoint
+from lorafold.train.loop import (
+    MICRO_BATCH_TOKENS,
+    Step,
+    make_optimizer,
+    plan_step,
+    rows_per_step,
+    total_steps,
+    train_steps,
+)
 from lorafold.train.memory import peak_bytes, restart_peak
 
 
-def start(config: RunConfig, display: Display) -> Run:
+def start(config: RunConfig, display: Display, resume: bool = False) -> Run:
     """Train as configured and write the run folder.
+
+    Args:
+        resume: go on with the run in the output folder from its last checkpoint, or begin it where there is none.
 
     Raises:
         LoraFoldError: something in the input is wrong (nothing is written then), or training cannot go on (the run
@@ -36,130 +61,192 @@ def start(config: RunConfig, display: Display) -> Run:
     began = time.perf_counter()
     restart_peak()
     config = config.resolved()
-    check_folder(config.output_dir)
-    device = pick_device(config.training.device)
-    loaded = load(config.model, compute_dtype(config.training.dtype, device), device)
-    display.say(f"model: {loaded.path.name} in {str(loaded.dtype).removeprefix('torch.')} on {device}")
-    data = prepare(config.data, loaded.tokenizer, config.training.seed, display)
-    seeded(config.training.seed)
-    injection = inject(loaded.model, config.adapter)
-    display.say(f"adapter: {config.adapter.label}, {injection.describe()}")
-    folder = RunFolder(config.output_dir)
+    left = left_of(config) if resume else None
+    if left is None:
+        check_folder(config.output_dir)
+    elif left.finished:
+        display.say(f"{config.output_dir} holds a finished run: nothing is left to do")
+        return _reported(config, display)
+    session = _prepare(config, display, left or Left())
+    if left is not None and config.output_dir.is_dir():
+        sweep(config.output_dir)
+    folder = RunFolder(config.output_dir, left.metrics if left is not None else None)
     folder.config(config)
+    if config.training.save_total_limit:
+        folder.keep_checkpoints(config.training.save_total_limit)
     try:
-        summary = _run(config, loaded, data, injection, folder, display)
+        summary = session.run(folder)
     finally:
         folder.close()
     summary["wall_seconds"] = time.perf_counter() - began
     folder.summary(summary)
-    run = read_run(folder.path)
+    return _reported(config, display)
+
+
+def _reported(config: RunConfig, display: Display) -> Run:
+    run = read_run(config.output_dir)
     display.say(f"report: {write_report(run)}")
     return run
 
 
-def _run(
-    config: RunConfig,
-    loaded: LoadedModel,
-    data: PreparedData,
-    injection: Injection,
-    folder: RunFolder,
-    display: Display,
-) -> dict[str, Any]:
-    training, held_out = config.training, data.held_out.rows
+def _prepare(config: RunConfig, display: Display, left: Left) -> _Session:
+    """Model, adapter and rows of a run; nothing is written."""
+    device = pick_device(config.training.device)
+    loaded = load(config.model, compute_dtype(config.training.dtype, device), device)
+    display.say(f"model: {loaded.path.name} in {_name(loaded.dtype)} on {device}")
+    data = prepare(config.data, loaded.tokenizer, config.training.seed, display)
+    rows = data.train.rows
+    check_same_learning(left, train_rows=len(rows), data_sha256=data.fingerprint, dtype=_name(loaded.dtype))
+    seeded(config.training.seed)
+    if left.checkpoint is None:
+        injection = inject(loaded.model, config.adapter)
+    else:
+        injection = load_adapter(loaded, left.checkpoint)
+        for parameter in adapter_state(loaded.model).values():
+            parameter.requires_grad_(True)
+    display.say(f"adapter: {config.adapter.label}, {injection.describe()}")
+    optimizer = make_optimizer(loaded, config.training)
+    if left.checkpoint is not None:
+        restore_optimizer(left.checkpoint, loaded, optimizer)
+        display.say(f"resumed from {left.checkpoint}")
     loading = peak_bytes()  # planning counts anew
-    plan = plan_step(loaded, data.train.rows, training)
+    plan = left.plan or plan_step(loaded, rows, config.training)
     display.say(plan.describe())
-    before = _evaluate(loaded, held_out, display, folder, config, plan, 0)
-    display.say(f"held-out loss before: {before:.4f}")
-    asked = data.examples[: training.sample_rows]
-    samples_before = sample(loaded, asked, config, display, "samples before")
-    steps = _train(config, loaded, data, folder, display, plan, before)
-    save_adapter(folder.path / ADAPTER, loaded, config.adapter)
-    after = _evaluate(loaded, held_out, display, folder, config, plan, len(steps))
-    display.say(f"held-out loss after: {after:.4f} (before: {before:.4f})")
-    samples_after = sample(loaded, asked, config, display, "samples after")
-    folder.samples(
-        [
-            {"prompt": prompt_text(e), "reference": reference_text(e), "before": b, "after": a}
-            for e, b, a in zip(asked, samples_before, samples_after, strict=True)
+    steps = [Step(**values) for line in left.metrics if "loss" in (values := json.loads(line))]
+    return _Session(config, display, loaded, data, injection, optimizer, plan, loading, steps)
+
+
+@dataclass
+class _Session:
+    """A run with everything in memory that it needs; `loading` is the memory that took, `steps` are done."""
+
+    config: RunConfig
+    display: Display
+    loaded: LoadedModel
+    data: PreparedData
+    injection: Injection
+    optimizer: torch.optim.Optimizer
+    plan: Plan
+    loading: int
+    steps: list[Step] = field(default_factory=list)
+
+    def run(self, folder: RunFolder) -> dict[str, Any]:
+        """Evaluate, train, evaluate; the figures for `summary.json`."""
+        resumed_from = len(self.steps)
+        before, samples = self._before(folder)
+        self._train(folder, before)
+        save_adapter(folder.path / ADAPTER, self.loaded, self.config.adapter)
+        after = self._evaluate(folder, len(self.steps))
+        self.display.say(f"held-out loss after: {after:.4f} (before: {before:.4f})")
+        words = self._sample("samples after")
+        folder.samples([{**s, "after": a} for s, a in zip(samples, words, strict=True)])
+        return {"eval_loss_before": before, "eval_loss_after": after, "resumed_from": resumed_from, **self._figures()}
+
+    def _before(self, folder: RunFolder) -> tuple[float, list[dict[str, str]]]:
+        """Loss and samples of the model as it was before training."""
+        if folder.lines:
+            before, *_ = lines_of(folder.path / METRICS)
+            return json.loads(before)["eval_loss"], [json.loads(line) for line in lines_of(folder.path / SAMPLES)]
+        before = self._evaluate(folder, 0)
+        self.display.say(f"held-out loss before: {before:.4f}")
+        words = self._sample("samples before")
+        asked = [
+            {"prompt": prompt_text(e), "reference": reference_text(e), "before": b}
+            for e, b in zip(self._asked, words, strict=True)
         ]
-    )
-    seconds = sum(step.seconds for step in steps)
-    return {
-        "eval_loss_before": before,
-        "eval_loss_after": after,
-        "trainable_parameters": injection.trainable,
-        "samples_per_second": sum(step.rows for step in steps) / seconds,
-        "tokens_per_second": sum(step.tokens for step in steps) / seconds,
-        "peak_memory_bytes": max(loading, peak_bytes()),
-        "train_seconds": seconds,
-        "steps": len(steps),
-        "rows_per_step": rows_per_step(training),
-        "train_rows": len(data.train.rows),
-        "eval_rows": len(held_out),
-        "eval_tokens": sum(sum(row.supervised) for row in held_out),
-        "cut_rows": data.train.cut,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "promoted_tensors": len(injection.promotions),
-        "added_bytes": injection.added_bytes,
-        "base_weights_sha256": loaded.weights_hash(),
-        "data_sha256": data.fingerprint,
-        "eval_data_sha256": data.eval_fingerprint,
-    }
+        folder.samples(asked)
+        return before, asked
+
+    def _train(self, folder: RunFolder, before: float) -> None:
+        training, rows, done = self.config.training, self.data.train.rows, len(self.steps)
+        total = total_steps(len(rows), training)
+        running = train_steps(self.loaded, rows, training, self.plan, self.optimizer, done)
+        adapter = folder.path / ADAPTER
+        try:
+            with self.display.bar("training", total) as advance:
+                advance(done)
+                for step in running:
+                    self.steps.append(step)
+                    folder.metric(**step.__dict__)
+                    advance(1, training_note(step.loss, step.tokens / step.seconds))
+                    if training.eval_steps and step.step % training.eval_steps == 0 and step.step < total:
+                        self.loaded.model.eval()
+                        loss = self._evaluate(folder, step.step)
+                        self.display.say(f"step {step.step}: held-out loss {loss:.4f} (before: {before:.4f})")
+                    if training.save_steps and step.step % training.save_steps == 0:
+                        self._save(folder, step.step)
+        except TrainingError as error:
+            save_adapter(adapter, self.loaded, self.config.adapter)
+            raise TrainingError(
+                f"{error}. Training stopped; {adapter} holds the adapter as it was after step {len(self.steps)}. "
+                "A lower learning_rate is the usual cure."
+            ) from error
+        except BaseException:  # Ctrl-C and the like: what was learned so far is kept
+            if self.steps:
+                save_adapter(adapter, self.loaded, self.config.adapter)
+                again = "; --resume goes on from the last checkpoint" if training.save_steps else ""
+                self.display.say(
+                    f"stopped after step {len(self.steps)} of {total}; {adapter} holds the adapter as it is{again}"
+                )
+            raise
+
+    def _save(self, folder: RunFolder, step: int) -> None:
+        data, training = self.data, self.config.training
+        state = State(
+            step=step,
+            metrics=folder.lines,
+            rows_per_step=rows_per_step(training),
+            train_rows=len(data.train.rows),
+            data_sha256=data.fingerprint,
+            dtype=_name(self.loaded.dtype),
+            plan=self.plan,
+        )
+        path = checkpoint_folder(folder.path, step)
+        save_checkpoint(path, self.loaded, self.config.adapter, self.optimizer, state)
+        if training.save_total_limit:
+            folder.keep_checkpoints(training.save_total_limit)
+
+    def _evaluate(self, folder: RunFolder, step: int) -> float:
+        rows, most = self.data.held_out.rows, min(self.plan.micro_batch_tokens, MICRO_BATCH_TOKENS)
+        shared = self.config.training.shared_prefix_tokens or None
+        with self.display.bar("evaluating", len(rows)) as advance:
+            loss = evaluate(self.loaded, rows, most, progress=advance, shared=shared)
+        folder.metric(step=step, eval_loss=loss)
+        return loss
+
+    @property
+    def _asked(self) -> Sequence[Example]:
+        return self.data.examples[: self.config.training.sample_rows]
+
+    def _sample(self, label: str) -> list[str]:
+        return sample(self.loaded, self._asked, self.config, self.display, label)
+
+    def _figures(self) -> dict[str, Any]:
+        steps, data = self.steps, self.data
+        seconds = sum(step.seconds for step in steps)
+        return {
+            "trainable_parameters": self.injection.trainable,
+            "samples_per_second": sum(step.rows for step in steps) / seconds,
+            "tokens_per_second": sum(step.tokens for step in steps) / seconds,
+            "peak_memory_bytes": max(self.loading, peak_bytes()),
+            "train_seconds": seconds,
+            "steps": len(steps),
+            "rows_per_step": rows_per_step(self.config.training),
+            "train_rows": len(data.train.rows),
+            "eval_rows": len(data.held_out.rows),
+            "eval_tokens": sum(sum(row.supervised) for row in data.held_out.rows),
+            "cut_rows": data.train.cut,
+            "dtype": _name(self.loaded.dtype),
+            "promoted_tensors": len(self.injection.promotions),
+            "added_bytes": self.injection.added_bytes,
+            "base_weights_sha256": self.loaded.weights_hash(),
+            "data_sha256": data.fingerprint,
+            "eval_data_sha256": data.eval_fingerprint,
+        }
 
 
-def _train(
-    config: RunConfig,
-    loaded: LoadedModel,
-    data: PreparedData,
-    folder: RunFolder,
-    display: Display,
-    plan: Plan,
-    before: float,
-) -> list[Step]:
-    training, rows = config.training, data.train.rows
-    total = total_steps(len(rows), training)
-    steps: list[Step] = []
-    try:
-        with display.bar("training", total) as advance:
-            for step in train_steps(loaded, rows, training, plan):
-                steps.append(step)
-                folder.metric(**step.__dict__)
-                advance(1, training_note(step.loss, step.tokens / step.seconds))
-                if training.eval_steps and step.step % training.eval_steps == 0 and step.step < total:
-                    loaded.model.eval()
-                    loss = _evaluate(loaded, data.held_out.rows, display, folder, config, plan, step.step)
-                    display.say(f"step {step.step}: held-out loss {loss:.4f} (before: {before:.4f})")
-    except TrainingError as error:
-        save_adapter(folder.path / ADAPTER, loaded, config.adapter)
-        raise TrainingError(
-            f"{error}. Training stopped; {folder.path / ADAPTER} holds the adapter as it was after step {len(steps)}. "
-            "A lower learning_rate is the usual cure."
-        ) from error
-    except BaseException:  # Ctrl-C and the like: what was learned so far is kept
-        if steps:
-            save_adapter(folder.path / ADAPTER, loaded, config.adapter)
-            display.say(
-                f"stopped after step {len(steps)} of {total}; {folder.path / ADAPTER} holds the adapter as it is"
-            )
-        raise
-    return steps
-
-
-def _evaluate(
-    loaded: LoadedModel,
-    rows: Sequence[Any],
-    display: Display,
-    folder: RunFolder,
-    config: RunConfig,
-    plan: Plan,
-    step: int,
-) -> float:
-    most, shared = min(plan.micro_batch_tokens, MICRO_BATCH_TOKENS), config.training.shared_prefix_tokens or None
-    with display.bar("evaluating", len(rows)) as advance:
-        loss = evaluate(loaded, rows, most, progress=advance, shared=shared)
-    folder.metric(step=step, eval_loss=loss)
-    return loss
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def sample(

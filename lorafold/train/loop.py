@@ -7,6 +7,8 @@ micro-batches together; so batch size, accumulation and packing can be traded fo
 from __future__ import annotations
 
 import gc
+import hashlib
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +26,7 @@ from lorafold.errors import TrainingError
 from lorafold.evals.loss import WHOLE, head_once, pack_loss
 from lorafold.models.load import LoadedModel
 from lorafold.train.budget import Plan, checkpointed, plan_within
-from lorafold.train.memory import keep_freed_memory
+from lorafold.train.memory import free_at_once, keep_freed_memory
 from lorafold.train.schedule import learning_rate_at
 
 MICRO_BATCH_TOKENS = 1024  # where nobody says more
@@ -85,11 +87,20 @@ def plan_step(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingConfi
     return plan_within(config.memory_bytes, loaded, rows, most, config.gradient_checkpointing)
 
 
+def make_optimizer(loaded: LoadedModel, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over every parameter that requires a gradient."""
+    assert config.learning_rate is not None
+    parameters = [p for p in loaded.model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
 def train_steps(
     loaded: LoadedModel,
     rows: Sequence[Tokens],
     config: TrainingConfig,
     plan: Plan | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    done: int = 0,
 ) -> Iterator[Step]:
     """Train the model's adapters, yielding after each optimizer step.
 
@@ -98,32 +109,31 @@ def train_steps(
         rows: tokenized rows.
         config: with `learning_rate` resolved.
         plan: how steps are computed, if that is known already.
+        optimizer: from `make_optimizer`, with its state after the steps that are done.
+        done: steps of the run that the model and the optimizer have behind them.
 
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those before that step. Or the longest row
             does not fit the memory that is allowed.
     """
     assert config.learning_rate is not None
-    parameters = [p for p in loaded.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = optimizer or make_optimizer(loaded, config)
     plan = plan or plan_step(loaded, rows, config)
-    if plan.budget is None:  # otherwise planning has seen to it
-        keep_freed_memory()
-    torch.manual_seed(config.seed)
+    (keep_freed_memory if plan.budget is None else free_at_once)()
     total = total_steps(len(rows), config)
     shared = None if drops_out(loaded.model) else config.shared_prefix_tokens or None
-    batches = epoch_batches(len(rows), config)
+    batches = itertools.islice(epoch_batches(len(rows), config), done, None)
     loaded.model.train()
     gc.collect()
     gc.freeze()  # the collector would walk through the model and all imported modules several times a step
     try:
         with checkpointed(loaded, plan.checkpointing):
-            for step in range(total):
+            for step in range(done, total):
                 batch = [rows[i] for i in next(batches)]
                 rate = learning_rate_at(
                     step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
                 )
-                yield _one_step(loaded, batch, optimizer, parameters, config, plan, shared, step + 1, rate)
+                yield _one_step(loaded, batch, optimizer, config, plan, shared, step + 1, rate)
                 loaded.model.train()  # whoever evaluated in between switched to evaluation mode
     finally:
         gc.unfreeze()
@@ -134,7 +144,6 @@ def _one_step(
     loaded: LoadedModel,
     batch: list[Tokens],
     optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
     config: TrainingConfig,
     plan: Plan,
     shared: int | None,
@@ -142,6 +151,7 @@ def _one_step(
     rate: float,
 ) -> Step:
     began = time.perf_counter()
+    torch.manual_seed(_step_seed(config.seed, step))
     supervised = sum(sum(row.supervised) for row in batch)
     total_loss = 0.0
     if shared is not None:
@@ -156,6 +166,7 @@ def _one_step(
             (loss / supervised).backward()
             total_loss += value
     limit = config.max_grad_norm or math.inf
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(parameters, limit))
     if not math.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
@@ -167,6 +178,11 @@ def _one_step(
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(len(row.ids) for row in batch)
     return Step(step, total_loss / supervised, rate, norm, len(batch), tokens, supervised, time.perf_counter() - began)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """Of what is dropped out in a step: a run that is resumed needs no random states of the one before."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "little")
 
 
 def drops_out(model: nn.Module) -> bool:
