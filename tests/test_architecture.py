@@ -71,6 +71,11 @@ ENGINES = {
 }
 
 
+def test_only_one_module_knows_that_there_are_workers() -> None:
+    users = [p for p in MODULES if any(name.startswith("torch.distributed") for name in imports(p))]
+    assert [str(p.relative_to(PACKAGE)) for p in users] == ["train/distributed.py"]
+
+
 @pytest.mark.parametrize(("engine", "owners"), ENGINES.items())
 def test_engines_are_touched_in_one_place(engine: str, owners: str) -> None:
     users = {str(p.relative_to(PACKAGE)) for p in MODULES if any(n.split(".")[0] == engine for n in imports(p))}

@@ -10,12 +10,14 @@ from lorafold.config.data import DataConfig, RowsConfig
 from lorafold.config.quantize import QuantizeConfig
 from lorafold.config.run import RunConfig, option_names
 from lorafold.config.training import TrainingConfig
+from lorafold.config.workers import Launched, workers_of
 
 __all__ = [
     "DEFAULT_LEARNING_RATE",
     "FULL",
     "AdapterSpec",
     "DataConfig",
+    "Launched",
     "Method",
     "QuantizeConfig",
     "RowsConfig",
@@ -24,4 +26,5 @@ __all__ = [
     "check_positive",
     "gather_faults",
     "option_names",
+    "workers_of",
 ]

@@ -14,6 +14,7 @@ from lorafold.errors import ConfigError, bullet_list
 from lorafold.runs.folder import CONFIG, METRICS, SAMPLES, SUMMARY, check_folder, checkpoints, lines_of
 from lorafold.train.budget import Plan
 from lorafold.train.checkpoint import State, read_state
+from lorafold.train.loop import rows_per_step
 
 _PLANNING = ("micro_batch_tokens", "memory", "gradient_checkpointing")
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product is compared
@@ -39,9 +40,17 @@ class Left:
     metrics: list[str] = field(default_factory=list)
     plan: Plan | None = None
 
+    @property
+    def step(self) -> int:
+        """Steps that need not be done again."""
+        return self.state.step if self.state is not None else 0
 
-def left_of(config: RunConfig) -> Left:
+
+def left_of(config: RunConfig, workers: int = 1) -> Left:
     """What there is to go on from in the output folder of a resolved configuration.
+
+    Args:
+        workers: how many will go on.
 
     Raises:
         ConfigError: the run there was another one, with all differences, or its checkpoint is damaged.
@@ -58,9 +67,9 @@ def left_of(config: RunConfig) -> Left:
         raise ConfigError(f"{path / CONFIG} is damaged: {error}") from None
     there = checkpoints(path)
     state = read_state(there[-1]) if there else None
-    _refuse_another(path, old, config, state)
+    _refuse_another(path, old, config, state, workers)
     if (path / SUMMARY).is_file():
-        return Left(finished=True)
+        return Left(True, state=state)
     if state is None:
         return Left()
     lines = lines_of(path / METRICS)[: state.metrics]
@@ -70,13 +79,13 @@ def left_of(config: RunConfig) -> Left:
     return Left(False, there[-1], state, lines, state.plan if same else None)
 
 
-def _refuse_another(path: Path, old: RunConfig, new: RunConfig, state: State | None) -> None:
+def _refuse_another(path: Path, old: RunConfig, new: RunConfig, state: State | None, workers: int) -> None:
     then, now = old.to_dict(), new.to_dict()
     faults = [
         f"{key} was {then[key]!r} and is {now[key]!r}" for key in then if key not in _FREE and then[key] != now[key]
     ]
     if state is not None:
-        faults += _rows_fault(new.training, state.rows_per_step)
+        faults += _rows_fault(new.training, state.rows_per_step, workers)
     if faults:
         raise ConfigError(
             f"the run in {path} was another one, so it cannot be resumed:\n{bullet_list(faults)}\n"
@@ -84,17 +93,18 @@ def _refuse_another(path: Path, old: RunConfig, new: RunConfig, state: State | N
         )
 
 
-def _rows_fault(config: TrainingConfig, wanted: int) -> list[str]:
+def _rows_fault(config: TrainingConfig, wanted: int, workers: int) -> list[str]:
     """What is wrong with the rows of a step, and which values would be right."""
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows = rows_per_step(config, workers)
     if rows == wanted:
         return []
-    size = config.per_device_train_batch_size
-    size = size if wanted % size == 0 else wanted
-    return [
-        f"a step had {wanted} rows and would have {rows}: give --per-device-train-batch-size {size} "
-        f"--gradient-accumulation-steps {wanted // size}"
-    ]
+    fault = f"a step had {wanted} rows and would have {rows}"
+    fault += f" with {workers} workers" if workers > 1 else ""
+    if wanted % workers:
+        return [f"{fault}: take a number of workers that divides {wanted}"]
+    each, size = wanted // workers, config.per_device_train_batch_size
+    size = size if each % size == 0 else each
+    return [f"{fault}: give --per-device-train-batch-size {size} --gradient-accumulation-steps {each // size}"]
 
 
 def check_same_learning(left: Left, **now: str | int) -> None:

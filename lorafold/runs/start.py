@@ -16,13 +16,12 @@ from lorafold.data.rows import Example
 from lorafold.data.tokens import prompt_ids
 from lorafold.errors import ConfigError, TrainingError
 from lorafold.evals.generate import generate
-from lorafold.evals.loss import evaluate
+from lorafold.evals.loss import loss_sum
 from lorafold.models.adapter_files import load_adapter, save_adapter
 from lorafold.models.load import LoadedModel, compute_dtype, load
 from lorafold.runs.display import Display, training_note
 from lorafold.runs.folder import (
     ADAPTER,
-    METRICS,
     SAMPLES,
     Run,
     RunFolder,
@@ -36,6 +35,7 @@ from lorafold.runs.report import write_report
 from lorafold.runs.resume import Left, check_same_learning, left_of, sweep
 from lorafold.train.budget import Plan
 from lorafold.train.checkpoint import State, restore_optimizer, save_checkpoint
+from lorafold.train.distributed import ALONE, Workers, joined
 from lorafold.train.loop import (
     MICRO_BATCH_TOKENS,
     Step,
@@ -49,7 +49,7 @@ from lorafold.train.memory import peak_bytes, restart_peak
 
 
 def start(config: RunConfig, display: Display, resume: bool = False) -> Run:
-    """Train as configured and write the run folder.
+    """Train as configured, in this process alone, and write the run folder.
 
     Args:
         resume: go on with the run in the output folder from its last checkpoint, or begin it where there is none.
@@ -58,42 +58,61 @@ def start(config: RunConfig, display: Display, resume: bool = False) -> Run:
         LoraFoldError: something in the input is wrong (nothing is written then), or training cannot go on (the run
             folder then holds the last good adapter).
     """
+    run = _start(config, display, resume, ALONE)
+    assert run is not None
+    return run
+
+
+def start_worker(config: RunConfig, display: Display, resume: bool = False) -> Run | None:
+    """The same as one of the workers that torchrun has started, or alone; None for all but the first of them."""
+    with joined() as workers:
+        return _start(config, display if workers.first else Display(quiet=True), resume, workers)
+
+
+def _start(config: RunConfig, display: Display, resume: bool, workers: Workers) -> Run | None:
     began = time.perf_counter()
     restart_peak()
     config = config.resolved()
-    left = left_of(config) if resume else None
-    if left is None:
-        check_folder(config.output_dir)
-    elif left.finished:
+    with workers.together():
+        left = left_of(config, workers.count) if resume else None
+        if left is None and workers.first:
+            check_folder(config.output_dir)
+    workers.agree(left.step if left is not None else 0, f"the workers do not all see the run in {config.output_dir}")
+    if left is None or not left.finished:
+        with workers.together():
+            session = _prepare(config, display, left or Left(), workers)
+        workers.agree(int(session.data.fingerprint[:15], 16), "the workers have read different training data")
+        with workers.together():
+            session.folder = _folder(config, left) if workers.first else None
+        summary = session.run()
+        if session.folder is not None:
+            session.folder.summary({**summary, "wall_seconds": time.perf_counter() - began})
+    elif workers.first:
         display.say(f"{config.output_dir} holds a finished run: nothing is left to do")
-        return _reported(config, display)
-    session = _prepare(config, display, left or Left())
-    if left is not None and config.output_dir.is_dir():
-        sweep(config.output_dir)
-    folder = RunFolder(config.output_dir, left.metrics if left is not None else None)
-    folder.config(config)
-    if config.training.save_total_limit:
-        folder.keep_checkpoints(config.training.save_total_limit)
-    try:
-        summary = session.run(folder)
-    finally:
-        folder.close()
-    summary["wall_seconds"] = time.perf_counter() - began
-    folder.summary(summary)
-    return _reported(config, display)
-
-
-def _reported(config: RunConfig, display: Display) -> Run:
+    if not workers.first:
+        return None
     run = read_run(config.output_dir)
     display.say(f"report: {write_report(run)}")
     return run
 
 
-def _prepare(config: RunConfig, display: Display, left: Left) -> _Session:
+def _folder(config: RunConfig, left: Left | None) -> RunFolder:
+    if left is not None and config.output_dir.is_dir():
+        sweep(config.output_dir)
+    folder = RunFolder(config.output_dir, None if left is None else left.metrics)
+    folder.config(config)
+    if config.training.save_total_limit:
+        folder.keep_checkpoints(config.training.save_total_limit)
+    return folder
+
+
+def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) -> _Session:
     """Model, adapter and rows of a run; nothing is written."""
-    device = pick_device(config.training.device)
+    device = workers.take_device(pick_device(config.training.device))
     loaded = load(config.model, compute_dtype(config.training.dtype, device), device)
     display.say(f"model: {loaded.path.name} in {_name(loaded.dtype)} on {device}")
+    if workers.count > 1:
+        display.say(f"{workers.count} workers, {rows_per_step(config.training, workers.count)} rows a step")
     data = prepare(config.data, loaded.tokenizer, config.training.seed, display)
     rows = data.train.rows
     check_same_learning(left, train_rows=len(rows), data_sha256=data.fingerprint, dtype=_name(loaded.dtype))
@@ -112,77 +131,85 @@ def _prepare(config: RunConfig, display: Display, left: Left) -> _Session:
     loading = peak_bytes()  # planning counts anew
     plan = left.plan or plan_step(loaded, rows, config.training)
     display.say(plan.describe())
-    steps = [Step(**values) for line in left.metrics if "loss" in (values := json.loads(line))]
-    return _Session(config, display, loaded, data, injection, optimizer, plan, loading, steps)
+    return _Session(config, display, workers, loaded, data, injection, optimizer, plan, loading, left)
 
 
 @dataclass
 class _Session:
-    """A run with everything in memory that it needs; `loading` is the memory that took, `steps` are done."""
+    """A run with everything in memory that it needs.
+
+    Attributes:
+        loading: memory that took, in bytes.
+        left: what an earlier process has done of it.
+        folder: the run folder, for the first worker.
+    """
 
     config: RunConfig
     display: Display
+    workers: Workers
     loaded: LoadedModel
     data: PreparedData
     injection: Injection
     optimizer: torch.optim.Optimizer
     plan: Plan
     loading: int
+    left: Left
+    folder: RunFolder | None = None
     steps: list[Step] = field(default_factory=list)
 
-    def run(self, folder: RunFolder) -> dict[str, Any]:
+    def __post_init__(self) -> None:
+        lines = map(json.loads, self.left.metrics)
+        self.steps = [Step(**values) for values in lines if "loss" in values]
+
+    def run(self) -> dict[str, Any]:
         """Evaluate, train, evaluate; the figures for `summary.json`."""
-        resumed_from = len(self.steps)
-        before, samples = self._before(folder)
-        self._train(folder, before)
-        save_adapter(folder.path / ADAPTER, self.loaded, self.config.adapter)
-        after = self._evaluate(folder, len(self.steps))
-        self.display.say(f"held-out loss after: {after:.4f} (before: {before:.4f})")
-        words = self._sample("samples after")
-        folder.samples([{**s, "after": a} for s, a in zip(samples, words, strict=True)])
-        return {"eval_loss_before": before, "eval_loss_after": after, "resumed_from": resumed_from, **self._figures()}
+        try:
+            before = self._before()
+            self._train(before)
+            self._save_adapter()
+            after = self._evaluate(len(self.steps))
+            self.display.say(f"held-out loss after: {after:.4f} (before: {before:.4f})")
+            self._sample("after")
+        finally:
+            if self.folder is not None:
+                self.folder.close()
+        return {"eval_loss_before": before, "eval_loss_after": after, **self._figures()}
 
-    def _before(self, folder: RunFolder) -> tuple[float, list[dict[str, str]]]:
-        """Loss and samples of the model as it was before training."""
-        if folder.lines:
-            before, *_ = lines_of(folder.path / METRICS)
-            return json.loads(before)["eval_loss"], [json.loads(line) for line in lines_of(folder.path / SAMPLES)]
-        before = self._evaluate(folder, 0)
+    def _before(self) -> float:
+        """The held-out loss of the model as it was before training; samples of it are in the run folder afterwards."""
+        if self.left.metrics:
+            return json.loads(self.left.metrics[0])["eval_loss"]
+        before = self._evaluate(0)
         self.display.say(f"held-out loss before: {before:.4f}")
-        words = self._sample("samples before")
-        asked = [
-            {"prompt": prompt_text(e), "reference": reference_text(e), "before": b}
-            for e, b in zip(self._asked, words, strict=True)
-        ]
-        folder.samples(asked)
-        return before, asked
+        self._sample("before")
+        return before
 
-    def _train(self, folder: RunFolder, before: float) -> None:
+    def _train(self, before: float) -> None:
         training, rows, done = self.config.training, self.data.train.rows, len(self.steps)
-        total = total_steps(len(rows), training)
-        running = train_steps(self.loaded, rows, training, self.plan, self.optimizer, done)
-        adapter = folder.path / ADAPTER
+        total = total_steps(len(rows), training, self.workers.count)
+        running = train_steps(self.loaded, rows, training, self.plan, self.optimizer, done, self.workers)
+        adapter = self.config.output_dir / ADAPTER
         try:
             with self.display.bar("training", total) as advance:
                 advance(done)
                 for step in running:
                     self.steps.append(step)
-                    folder.metric(**step.__dict__)
+                    self._metric(**step.__dict__)
                     advance(1, training_note(step.loss, step.tokens / step.seconds))
                     if training.eval_steps and step.step % training.eval_steps == 0 and step.step < total:
                         self.loaded.model.eval()
-                        loss = self._evaluate(folder, step.step)
+                        loss = self._evaluate(step.step)
                         self.display.say(f"step {step.step}: held-out loss {loss:.4f} (before: {before:.4f})")
                     if training.save_steps and step.step % training.save_steps == 0:
-                        self._save(folder, step.step)
+                        self._save(step.step)
         except TrainingError as error:
-            save_adapter(adapter, self.loaded, self.config.adapter)
+            self._save_adapter()
             raise TrainingError(
                 f"{error}. Training stopped; {adapter} holds the adapter as it was after step {len(self.steps)}. "
                 "A lower learning_rate is the usual cure."
             ) from error
         except BaseException:  # Ctrl-C and the like: what was learned so far is kept
-            if self.steps:
+            if self.steps and self.folder is not None:
                 save_adapter(adapter, self.loaded, self.config.adapter)
                 again = "; --resume goes on from the last checkpoint" if training.save_steps else ""
                 self.display.say(
@@ -190,36 +217,56 @@ class _Session:
                 )
             raise
 
-    def _save(self, folder: RunFolder, step: int) -> None:
-        data, training = self.data, self.config.training
-        state = State(
-            step=step,
-            metrics=folder.lines,
-            rows_per_step=rows_per_step(training),
-            train_rows=len(data.train.rows),
-            data_sha256=data.fingerprint,
-            dtype=_name(self.loaded.dtype),
-            plan=self.plan,
-        )
-        path = checkpoint_folder(folder.path, step)
-        save_checkpoint(path, self.loaded, self.config.adapter, self.optimizer, state)
-        if training.save_total_limit:
-            folder.keep_checkpoints(training.save_total_limit)
+    def _save_adapter(self) -> None:
+        with self.workers.together():
+            if self.folder is not None:
+                save_adapter(self.folder.path / ADAPTER, self.loaded, self.config.adapter)
 
-    def _evaluate(self, folder: RunFolder, step: int) -> float:
-        rows, most = self.data.held_out.rows, min(self.plan.micro_batch_tokens, MICRO_BATCH_TOKENS)
-        shared = self.config.training.shared_prefix_tokens or None
+    def _save(self, step: int) -> None:
+        with self.workers.together():
+            if self.folder is None:
+                return
+            training = self.config.training
+            state = State(
+                step=step,
+                metrics=self.folder.lines,
+                rows_per_step=rows_per_step(training, self.workers.count),
+                train_rows=len(self.data.train.rows),
+                data_sha256=self.data.fingerprint,
+                dtype=_name(self.loaded.dtype),
+                plan=self.plan,
+            )
+            path = checkpoint_folder(self.folder.path, step)
+            save_checkpoint(path, self.loaded, self.config.adapter, self.optimizer, state)
+            if training.save_total_limit:
+                self.folder.keep_checkpoints(training.save_total_limit)
+
+    def _metric(self, **values: Any) -> None:
+        with self.workers.together():
+            if self.folder is not None:
+                self.folder.metric(**values)
+
+    def _evaluate(self, step: int) -> float:
+        rows = self.workers.every(self.data.held_out.rows)
+        most, shared = min(self.plan.micro_batch_tokens, MICRO_BATCH_TOKENS), self.config.training.shared_prefix_tokens
         with self.display.bar("evaluating", len(rows)) as advance:
-            loss = evaluate(self.loaded, rows, most, progress=advance, shared=shared)
-        folder.metric(step=step, eval_loss=loss)
-        return loss
+            total, count = loss_sum(self.loaded, rows, most, progress=advance, shared=shared or None)
+        total, count = self.workers.total(total, count)
+        self._metric(step=step, eval_loss=total / count)
+        return total / count
 
-    @property
-    def _asked(self) -> Sequence[Example]:
-        return self.data.examples[: self.config.training.sample_rows]
-
-    def _sample(self, label: str) -> list[str]:
-        return sample(self.loaded, self._asked, self.config, self.display, label)
+    def _sample(self, when: str) -> None:
+        """Let the first worker put what the model says to held-out prompts in the run folder."""
+        with self.workers.together():
+            if self.folder is None:
+                return
+            asked = self.data.examples[: self.config.training.sample_rows]
+            words = sample(self.loaded, asked, self.config, self.display, f"samples {when}")
+            if when == "before":
+                samples = [{"prompt": prompt_text(e), "reference": reference_text(e)} for e in asked]
+            else:
+                samples = [json.loads(line) for line in lines_of(self.folder.path / SAMPLES)]
+            self.folder.samples([{**s, when: text} for s, text in zip(samples, words, strict=True)])
 
     def _figures(self) -> dict[str, Any]:
         steps, data = self.steps, self.data
@@ -231,7 +278,9 @@ class _Session:
             "peak_memory_bytes": max(self.loading, peak_bytes()),
             "train_seconds": seconds,
             "steps": len(steps),
-            "rows_per_step": rows_per_step(self.config.training),
+            "resumed_from": self.left.step,
+            "workers": self.workers.count,
+            "rows_per_step": rows_per_step(self.config.training, self.workers.count),
             "train_rows": len(data.train.rows),
             "eval_rows": len(data.held_out.rows),
             "eval_tokens": sum(sum(row.supervised) for row in data.held_out.rows),

@@ -26,6 +26,7 @@ from lorafold.errors import TrainingError
 from lorafold.evals.loss import WHOLE, head_once, pack_loss
 from lorafold.models.load import LoadedModel
 from lorafold.train.budget import Plan, checkpointed, plan_within
+from lorafold.train.distributed import ALONE, Workers
 from lorafold.train.memory import free_at_once, keep_freed_memory
 from lorafold.train.schedule import learning_rate_at
 
@@ -55,21 +56,21 @@ class Step:
     seconds: float
 
 
-def rows_per_step(config: TrainingConfig) -> int:
-    """Rows of one optimizer step."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+def rows_per_step(config: TrainingConfig, workers: int = 1) -> int:
+    """Rows of one optimizer step, over all workers."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * workers
 
 
-def total_steps(n_rows: int, config: TrainingConfig) -> int:
+def total_steps(n_rows: int, config: TrainingConfig, workers: int = 1) -> int:
     """Optimizer steps of a run; the last step of an epoch may have fewer rows."""
-    per_epoch = math.ceil(n_rows / rows_per_step(config))
+    per_epoch = math.ceil(n_rows / rows_per_step(config, workers))
     return config.max_steps or max(1, math.ceil(per_epoch * config.num_train_epochs))
 
 
-def epoch_batches(n_rows: int, config: TrainingConfig) -> Iterator[list[int]]:
+def epoch_batches(n_rows: int, config: TrainingConfig, workers: int = 1) -> Iterator[list[int]]:
     """Row numbers of each step, without end; every epoch is a new permutation drawn from the seed."""
     generator = torch.Generator().manual_seed(config.seed)
-    size = rows_per_step(config)
+    size = rows_per_step(config, workers)
     while True:
         order = torch.randperm(n_rows, generator=generator).tolist()
         yield from (order[i : i + size] for i in range(0, n_rows, size))
@@ -101,6 +102,7 @@ def train_steps(
     plan: Plan | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     done: int = 0,
+    workers: Workers = ALONE,
 ) -> Iterator[Step]:
     """Train the model's adapters, yielding after each optimizer step.
 
@@ -111,6 +113,7 @@ def train_steps(
         plan: how steps are computed, if that is known already.
         optimizer: from `make_optimizer`, with its state after the steps that are done.
         done: steps of the run that the model and the optimizer have behind them.
+        workers: who shares the rows of each step; each of them yields the same steps.
 
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those before that step. Or the longest row
@@ -120,9 +123,9 @@ def train_steps(
     optimizer = optimizer or make_optimizer(loaded, config)
     plan = plan or plan_step(loaded, rows, config)
     (keep_freed_memory if plan.budget is None else free_at_once)()
-    total = total_steps(len(rows), config)
+    total = total_steps(len(rows), config, workers.count)
     shared = None if drops_out(loaded.model) else config.shared_prefix_tokens or None
-    batches = itertools.islice(epoch_batches(len(rows), config), done, None)
+    batches = itertools.islice(epoch_batches(len(rows), config, workers.count), done, None)
     loaded.model.train()
     gc.collect()
     gc.freeze()  # the collector would walk through the model and all imported modules several times a step
@@ -133,7 +136,7 @@ def train_steps(
                 rate = learning_rate_at(
                     step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
                 )
-                yield _one_step(loaded, batch, optimizer, config, plan, shared, step + 1, rate)
+                yield _one_step(loaded, batch, optimizer, config, plan, shared, step + 1, rate, workers)
                 loaded.model.train()  # whoever evaluated in between switched to evaluation mode
     finally:
         gc.unfreeze()
@@ -149,29 +152,25 @@ def _one_step(
     shared: int | None,
     step: int,
     rate: float,
+    workers: Workers,
 ) -> Step:
     began = time.perf_counter()
-    torch.manual_seed(_step_seed(config.seed, step))
+    torch.manual_seed(_step_seed(config.seed, step, workers.rank))
     supervised = sum(sum(row.supervised) for row in batch)
-    total_loss = 0.0
-    if shared is not None:
-        batch = sorted(batch, key=lambda row: row.ids)  # neighbours have most in common
-    with group_parameters_once(loaded.model), head_once(loaded):
-        for group in micro_batches(batch, plan.micro_batch_tokens, loaded.row_align, shared):
-            loss = pack_loss(loaded, pack(group, loaded.row_align, shared, WHOLE).to(loaded.device))
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                optimizer.zero_grad(set_to_none=True)
-                raise TrainingError(f"the loss is {value} at step {step}, {_culprits(loaded, group)}")
-            (loss / supervised).backward()
-            total_loss += value
     limit = config.max_grad_norm or math.inf
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, limit))
-    if not math.isfinite(norm):
+    try:
+        with workers.together(TrainingError):
+            total_loss = _add_gradients(loaded, workers.share(batch), plan, shared, step, supervised)
+        (total_loss,) = workers.total(total_loss)
+        workers.add_gradients(parameters)
+        norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(norm):
+            numbers = ", ".join(str(row.row) for row in batch)
+            raise TrainingError(f"the gradient norm is {norm} at step {step}, rows {numbers}")
+    except TrainingError:
         optimizer.zero_grad(set_to_none=True)
-        numbers = ", ".join(str(row.row) for row in batch)
-        raise TrainingError(f"the gradient norm is {norm} at step {step}, rows {numbers}")
+        raise
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -180,9 +179,27 @@ def _one_step(
     return Step(step, total_loss / supervised, rate, norm, len(batch), tokens, supervised, time.perf_counter() - began)
 
 
-def _step_seed(seed: int, step: int) -> int:
+def _add_gradients(
+    loaded: LoadedModel, batch: list[Tokens], plan: Plan, shared: int | None, step: int, supervised: int
+) -> float:
+    """Passes over rows of a step that has so many supervised tokens in all; returns the sum of their losses."""
+    total_loss = 0.0
+    if shared is not None:
+        batch = sorted(batch, key=lambda row: row.ids)  # neighbours have most in common
+    with group_parameters_once(loaded.model), head_once(loaded):
+        for group in micro_batches(batch, plan.micro_batch_tokens, loaded.row_align, shared):
+            loss = pack_loss(loaded, pack(group, loaded.row_align, shared, WHOLE).to(loaded.device))
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingError(f"the loss is {value} at step {step}, {_culprits(loaded, group)}")
+            (loss / supervised).backward()
+            total_loss += value
+    return total_loss
+
+
+def _step_seed(seed: int, step: int, worker: int) -> int:
     """Of what is dropped out in a step: a run that is resumed needs no random states of the one before."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{worker}".encode()).digest()[:8], "little")
 
 
 def drops_out(model: nn.Module) -> bool:
