@@ -32,6 +32,8 @@ class TrainingConfig:
         memory: what the process (or GPU) may take, such as `2GB`; micro-batches and checkpointing are chosen to fit.
         shared_prefix_tokens: rows of a step that begin with so many equal tokens or more compute these once, which
             changes no result; 0 never. With dropout nothing is shared.
+        shard_base: with torchrun: each worker keeps a part of the base's blocks, and all gather a block to compute it;
+            for bases that do not fit one GPU.
         dtype: of activations: `auto` is bfloat16 where the processor has it, else float32.
         device: `cpu`, `cuda`, or `auto`.
         seed: of initialization, order and dropout.
@@ -55,6 +57,7 @@ class TrainingConfig:
     micro_batch_tokens: int | None = None
     memory: str | None = None
     shared_prefix_tokens: int = 24
+    shard_base: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 42

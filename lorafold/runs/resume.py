@@ -18,7 +18,15 @@ from lorafold.train.loop import rows_per_step
 
 _PLANNING = ("micro_batch_tokens", "memory", "gradient_checkpointing")
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product is compared
-_FREE = ("output_dir", "save_steps", "save_total_limit", "device", *_PLANNING, *_BATCH)  # no result depends on these
+_FREE = (
+    "output_dir",
+    "save_steps",
+    "save_total_limit",
+    "device",
+    "shard_base",
+    *_PLANNING,
+    *_BATCH,
+)  # no result depends on these
 _LEFTOVER = re.compile(r"\.+(checkpoint-\d+|adapter|[a-z]+\.(yaml|jsonl|json|html))\.\S*\.tmp\S*")  # files.py
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorafold.adapters.inject import Injection, adapter_state, inject
 from lorafold.config import RunConfig
@@ -19,6 +20,7 @@ from lorafold.evals.generate import generate
 from lorafold.evals.loss import loss_sum
 from lorafold.models.adapter_files import load_adapter, save_adapter
 from lorafold.models.load import LoadedModel, compute_dtype, load
+from lorafold.runs.blocks import find_blocks
 from lorafold.runs.display import Display, training_note
 from lorafold.runs.folder import (
     ADAPTER,
@@ -46,6 +48,7 @@ from lorafold.train.loop import (
     train_steps,
 )
 from lorafold.train.memory import peak_bytes, restart_peak
+from lorafold.train.sharding import ShardedBase
 
 
 def start(config: RunConfig, display: Display, resume: bool = False) -> Run:
@@ -108,8 +111,13 @@ def _folder(config: RunConfig, left: Left | None) -> RunFolder:
 
 def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) -> _Session:
     """Model, adapter and rows of a run; nothing is written."""
-    device = workers.take_device(pick_device(config.training.device))
-    loaded = load(config.model, compute_dtype(config.training.dtype, device), device)
+    device, sharded = workers.take_device(pick_device(config.training.device)), config.training.shard_base
+    if sharded and workers.count == 1:
+        raise ConfigError("shard_base shares the base out among workers, and this process is alone: start torchrun")
+    if sharded and config.training.memory is not None:
+        raise ConfigError("memory is measured with a whole base; with shard_base give micro_batch_tokens instead")
+    dtype = compute_dtype(config.training.dtype, device)
+    loaded = load(config.model, dtype, "cpu" if sharded else device)  # the whole of it may not fit the device
     display.say(f"model: {loaded.path.name} in {_name(loaded.dtype)} on {device}")
     if workers.count > 1:
         display.say(f"{workers.count} workers, {rows_per_step(config.training, workers.count)} rows a step")
@@ -124,6 +132,11 @@ def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) 
         for parameter in adapter_state(loaded.model).values():
             parameter.requires_grad_(True)
     display.say(f"adapter: {config.adapter.label}, {injection.describe()}")
+    if sharded:
+        base = ShardedBase([block for _, block in find_blocks(loaded.model)], workers, device)
+        nn.Module.to(loaded.model, device)
+        workers = replace(workers, sharded=True)
+        display.say(f"base: {base.held / 1e6:.1f} MB of its blocks on each worker, gathered one block at a time")
     optimizer = make_optimizer(loaded, config.training)
     if left.checkpoint is not None:
         restore_optimizer(left.checkpoint, loaded, optimizer)
@@ -258,10 +271,12 @@ class _Session:
     def _sample(self, when: str) -> None:
         """Let the first worker put what the model says to held-out prompts in the run folder."""
         with self.workers.together():
+            asked = self.data.examples[: self.config.training.sample_rows]
+            if self.folder is None and not self.workers.sharded:
+                return
+            words = sample(self.loaded, asked, self.config, self.display, f"samples {when}")
             if self.folder is None:
                 return
-            asked = self.data.examples[: self.config.training.sample_rows]
-            words = sample(self.loaded, asked, self.config, self.display, f"samples {when}")
             if when == "before":
                 samples = [{"prompt": prompt_text(e), "reference": reference_text(e)} for e in asked]
             else:

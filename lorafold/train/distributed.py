@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lorafold.config import workers_of
 from lorafold.data.tokens import Tokens
@@ -32,11 +32,13 @@ class Workers:
         rank: of this worker, from 0.
         count: of all.
         local_rank: among those on this machine.
+        sharded: the base is shared out, so that all must make the same passes, see `sharding.py`.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
@@ -59,8 +61,8 @@ class Workers:
         return device
 
     def every(self, rows: Sequence[Tokens]) -> Sequence[Tokens]:
-        """This worker's part of many rows: one of as many as there are workers."""
-        return rows if self.count == 1 else [rows[i] for i in range(self.rank, len(rows), self.count)]
+        """This worker's part of many rows: one of as many as there are workers; where the base is shared out, all."""
+        return rows if self.count == 1 or self.sharded else [rows[i] for i in range(self.rank, len(rows), self.count)]
 
     def share(self, rows: list[Tokens]) -> list[Tokens]:
         """This worker's rows of a step: the longest are dealt first, each to the worker that has the fewest tokens."""
@@ -94,6 +96,22 @@ class Workers:
         *sums, counts = flat.split([*(p.numel() for p in parameters), len(parameters)])
         for parameter, part, had in zip(parameters, sums, counts.tolist(), strict=True):
             parameter.grad = part.view_as(parameter) if had else None
+
+    def passes(self, own: int) -> int:
+        """Passes that this worker makes, of which so many are its own: where the base is shared out, as many as any."""
+        if not self.sharded:
+            return own
+        most = torch.tensor(own)
+        with _reached():
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts of all workers, one after the other; [n] each."""
+        whole = part.new_empty(self.count * len(part))
+        with _reached():
+            dist.all_gather(list(whole.split(len(part))), part)
+        return whole
 
     @contextlib.contextmanager
     def together(self, kind: type[LoraFoldError] = LoraFoldError) -> Iterator[None]:

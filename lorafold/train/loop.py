@@ -6,6 +6,7 @@ micro-batches together; so batch size, accumulation and packing can be traded fo
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import itertools
@@ -161,7 +162,7 @@ def _one_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         with workers.together(TrainingError):
-            total_loss = _add_gradients(loaded, workers.share(batch), plan, shared, step, supervised)
+            total_loss = _add_gradients(loaded, batch, plan, shared, step, supervised, workers)
         (total_loss,) = workers.total(total_loss)
         workers.add_gradients(parameters)
         norm = float(nn.utils.clip_grad_norm_(parameters, limit))
@@ -180,20 +181,38 @@ def _one_step(
 
 
 def _add_gradients(
-    loaded: LoadedModel, batch: list[Tokens], plan: Plan, shared: int | None, step: int, supervised: int
+    loaded: LoadedModel,
+    batch: list[Tokens],
+    plan: Plan,
+    shared: int | None,
+    step: int,
+    supervised: int,
+    workers: Workers,
 ) -> float:
-    """Passes over rows of a step that has so many supervised tokens in all; returns the sum of their losses."""
-    total_loss = 0.0
+    """Passes over this worker's rows of a step that has so many supervised tokens in all; the sum of their losses."""
+    total_loss, wrong = 0.0, None
+    own = workers.share(batch)
     if shared is not None:
-        batch = sorted(batch, key=lambda row: row.ids)  # neighbours have most in common
-    with group_parameters_once(loaded.model), head_once(loaded):
-        for group in micro_batches(batch, plan.micro_batch_tokens, loaded.row_align, shared):
+        own = sorted(own, key=lambda row: row.ids)  # neighbours have most in common
+    groups = micro_batches(own, plan.micro_batch_tokens, loaded.row_align, shared)
+    idle = workers.passes(len(groups)) - len(groups)
+    once = contextlib.nullcontext() if workers.sharded else group_parameters_once(loaded.model)
+    with once, head_once(loaded):
+        for group in groups:
             loss = pack_loss(loaded, pack(group, loaded.row_align, shared, WHOLE).to(loaded.device))
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise TrainingError(f"the loss is {value} at step {step}, {_culprits(loaded, group)}")
+                wrong = wrong or (value, group)
+                if not workers.sharded:  # otherwise the others wait for the passes that are left
+                    break
             (loss / supervised).backward()
             total_loss += value
+        for _ in range(idle):
+            (0 * pack_loss(loaded, pack(batch[:1], loaded.row_align, None, WHOLE).to(loaded.device))).backward()
+        if wrong:
+            value, group = wrong
+            culprits = _rows(group) if workers.sharded else _culprits(loaded, group)
+            raise TrainingError(f"the loss is {value} at step {step}, {culprits}")
     return total_loss
 
 
@@ -216,6 +235,9 @@ def drops_out(model: nn.Module) -> bool:
 @torch.no_grad()
 def _culprits(loaded: LoadedModel, group: Sequence[Tokens]) -> str:
     """Which rows of a micro-batch have a loss that is not finite."""
-    bad = [row.row for row in group if not math.isfinite(float(pack_loss(loaded, pack([row]).to(loaded.device))))]
-    numbers = ", ".join(str(n) for n in bad or [row.row for row in group])
-    return f"row{'s' if len(bad) != 1 else ''} {numbers} of the data"
+    bad = [row for row in group if not math.isfinite(float(pack_loss(loaded, pack([row]).to(loaded.device))))]
+    return _rows(bad or group)
+
+
+def _rows(rows: Sequence[Tokens]) -> str:
+    return f"row{'s' if len(rows) != 1 else ''} {', '.join(str(row.row) for row in rows)} of the data"

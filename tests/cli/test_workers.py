@@ -22,6 +22,7 @@ from tests.practice import command, token_rows, write_data
 
 ROOT = Path(__file__).parent.parent.parent
 OPTIONS = quick("--save-steps", 2, "--eval-steps", 4, "--method", "lora", "--r", 4, "--max-grad-norm", 0.5)
+SHARED = [("lora", ""), ("qa-lora", ""), ("lora", "again")]  # the last with blocks computed again
 ONE, TWO = ["--per-device-train-batch-size", 4], ["--per-device-train-batch-size", 2]
 
 
@@ -96,12 +97,17 @@ def cases(
         line[line.index("--data") + 1] = f"{folder}/{rows}-{{rank}}.jsonl"
         return line
 
+    few = train("shared-few", "--per-device-train-batch-size", 1, "--limit", 13, "--gradient-checkpointing")
     listed = [
         ("gradients", "gradients", []),
         ("resumed", "said", [*train("resumed", *TWO), "--resume"]),
         ("rows per step", "said", [*train("resumed", *ONE), "--resume"]),
         ("finished", "said", [*train("resumed", *TWO), "--resume"]),
         ("few rows", "said", train("few", "--per-device-train-batch-size", 1, "--limit", 13)),
+        *((f"shared {kind} {again}", "shared_out", [str(arguments[0]), kind, again]) for kind, again in SHARED),
+        ("shared", "said", train("shared", *TWO, "--shard-base")),
+        ("shared, few rows", "said", [*few, "--shard-base"]),
+        ("shared, not finite", "a_loss_that_is_not_finite", train("shared-nan", *TWO, "--shard-base")),
         ("bad options", "said", train("none", "--seed", -1)),
         ("bad rows", "said", on("rows")),
         ("other rows", "said", on("other")),
@@ -181,9 +187,32 @@ def test_a_worker_may_have_no_rows(cases: dict[str, Any], arguments: list[object
     assert [worker["code"] for worker in cases["few rows"]] == [0, 0]
     options = ["--per-device-train-batch-size", 2, "--limit", 13, "--output-dir", tmp_path / "run"]
     assert command("train", *arguments, *options) == 0
+    assert [worker["code"] for worker in cases["shared, few rows"]] == [0, 0]
     same_run(cases["folder"][0] / "few", tmp_path / "run")
+    same_run(cases["folder"][0] / "shared-few", tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["rows"] for line in lines if "rows" in line] == [2, 2, 2, 2, 1, 2]
+
+
+@pytest.mark.parametrize(("method", "again"), SHARED)
+def test_a_base_that_is_shared_out_computes_the_same(cases: dict[str, Any], method: str, again: str) -> None:
+    """Bit for bit; each of two workers keeps half of the bytes, and one block is whole at a time."""
+    for worker in cases[f"shared {method} {again}"]:
+        assert worker["equal"]
+        assert all(worker["equal"])
+        assert worker["all"] / 2 <= worker["kept"] < 0.55 * worker["all"]  # tensors begin at multiples of 64 bytes
+        assert worker["left"] == 0
+        assert worker["whole"] == [True, False, False]  # the first block comes last in the backward pass
+
+
+def test_a_run_on_a_base_that_is_shared_out_ends_the_same(cases: dict[str, Any], one: Path) -> None:
+    assert [worker["code"] for worker in cases["shared"]] == [0, 0]
+    assert "MB of its blocks on each worker" in cases["shared"][0]["err"]
+    same_run(cases["folder"][0] / "shared", one)
+
+
+def test_a_base_is_not_shared_out_alone(train: Callable[..., str]) -> None:
+    assert "this process is alone" in train("--shard-base")
 
 
 def test_gradients_are_added_and_none_is_made_up(cases: dict[str, Any]) -> None:
@@ -201,6 +230,7 @@ def test_gradients_are_added_and_none_is_made_up(cases: dict[str, Any]) -> None:
         ("other rows", "different training data"),
         ("not finite", "worker 1: the loss is nan at step 3, row"),
         ("full disk", "No space left"),
+        ("shared, not finite", "worker 1: the loss is nan at step"),
     ],
 )
 def test_what_is_wrong_with_one_ends_all_with_one_message(cases: dict[str, Any], case: str, said: str) -> None:

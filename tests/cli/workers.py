@@ -17,11 +17,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorafold.adapters.inject import inject
+from lorafold.config import AdapterSpec
+from lorafold.data.packs import pack
 from lorafold.evals.loss import pack_loss
+from lorafold.models.load import load
 from lorafold.runs.folder import RunFolder
 from lorafold.train import loop
+from lorafold.train.budget import checkpointed
 from lorafold.train.distributed import joined
-from tests.practice import command
+from lorafold.train.sharding import ShardedBase
+from tests.practice import command, lora_like, token_rows
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -44,6 +50,36 @@ def gradients(_: list[str]) -> Any:
         workers.add_gradients(parameters)
         sums = workers.total(0.5 + RANK, 2)
     return [None if p.grad is None else p.grad.tolist() for p in parameters], sums
+
+
+def frozen_bytes(layers: nn.Module) -> int:
+    """What is whole of the blocks' frozen tensors."""
+    return sum(t.nbytes for t in [*layers.buffers(), *layers.parameters()] if not t.requires_grad)
+
+
+def shared_out(arguments: list[str]) -> dict[str, Any]:
+    """Bytes of a model's blocks before and after they are shared out, and what that changes in loss and gradients."""
+    path, method, checkpointing = arguments
+    results: list[list[Tensor]] = []
+    said: dict[str, Any] = {}
+    with joined() as workers:
+        for cut in (False, True):
+            loaded = load(path)
+            inject(loaded.model, AdapterSpec(method, 4))  # type: ignore[arg-type]
+            lora_like(loaded.model)
+            layers = loaded.model.model.layers
+            said["all"] = frozen_bytes(layers)
+            if cut:
+                said["kept"] = ShardedBase(layers, workers, "cpu").held
+                said["left"] = frozen_bytes(layers)
+            loaded.model.train()
+            with checkpointed(loaded, bool(checkpointing)):
+                loss = pack_loss(loaded, pack(token_rows(5)))
+                loss.backward()
+            results.append([loss.detach(), *(p.grad for p in loaded.model.parameters() if p.grad is not None)])
+            said["whole"] = [frozen_bytes(layer) > 0 for layer in layers]
+    said["equal"] = [torch.equal(a, b) for a, b in zip(*results, strict=True)]
+    return said
 
 
 def a_loss_that_is_not_finite(line: list[str]) -> Any:

@@ -22,7 +22,9 @@ CONFIG = RunConfig(
     Path("out"),
     DataConfig(Path("rows.jsonl"), "{a} – ü", "{b}", "plain", 77, "all", 5, Path("held.jsonl"), 0.2, 6),
     AdapterSpec("lora", 3, 7.0, 0.1, ("q_proj", "v_proj"), ("x",), True, "offset", "in-place"),
-    TrainingConfig(2, 3, 0.5, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, 5, 6, True, 99, "2GB", 30, "float32", "cpu", 8, 1, 2),
+    TrainingConfig(
+        2, 3, 0.5, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, 5, 6, True, 99, "2GB", 30, True, "float32", "cpu", 8, 1, 2
+    ),
 )
 SUMMARY: dict[str, Any] = {
     "eval_loss_before": 2.0,
