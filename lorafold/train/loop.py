@@ -156,7 +156,7 @@ def _one_step(
     workers: Workers,
 ) -> Step:
     began = time.perf_counter()
-    torch.manual_seed(_step_seed(config.seed, step, workers.rank))
+    _seed_step(loaded.device, config.seed, step, workers.rank)
     supervised = sum(sum(row.supervised) for row in batch)
     limit = config.max_grad_norm or math.inf
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -216,9 +216,13 @@ def _add_gradients(
     return total_loss
 
 
-def _step_seed(seed: int, step: int, worker: int) -> int:
-    """Of what is dropped out in a step: a run that is resumed needs no random states of the one before."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{worker}".encode()).digest()[:8], "little")
+def _seed_step(device: torch.device, seed: int, step: int, worker: int) -> None:
+    """Seed what is dropped out in a step, so that a run that goes on needs no random states of the one before."""
+    number = int.from_bytes(hashlib.sha256(f"{seed}:{step}:{worker}".encode()).digest()[:8], "little")
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+    else:
+        torch.default_generator.manual_seed(number)
 
 
 def drops_out(model: nn.Module) -> bool:
