@@ -111,16 +111,8 @@ def _folder(config: RunConfig, left: Left | None) -> RunFolder:
 
 def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) -> _Session:
     """Model, adapter and rows of a run; nothing is written."""
-    device, sharded = workers.take_device(pick_device(config.training.device)), config.training.shard_base
-    if sharded and workers.count == 1:
-        raise ConfigError("shard_base shares the base out among workers, and this process is alone: start torchrun")
-    if sharded and config.training.memory is not None:
-        raise ConfigError("memory is measured with a whole base; with shard_base give micro_batch_tokens instead")
-    dtype = compute_dtype(config.training.dtype, device)
-    loaded = load(config.model, dtype, "cpu" if sharded else device)  # the whole of it may not fit the device
-    display.say(f"model: {loaded.path.name} in {_name(loaded.dtype)} on {device}")
-    if workers.count > 1:
-        display.say(f"{workers.count} workers, {rows_per_step(config.training, workers.count)} rows a step")
+    device = workers.take_device(pick_device(config.training.device))
+    loaded = _load(config, display, workers, device)
     data = prepare(config.data, loaded.tokenizer, config.training.seed, display)
     rows = data.train.rows
     check_same_learning(left, train_rows=len(rows), data_sha256=data.fingerprint, dtype=_name(loaded.dtype))
@@ -132,7 +124,7 @@ def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) 
         for parameter in adapter_state(loaded.model).values():
             parameter.requires_grad_(True)
     display.say(f"adapter: {config.adapter.label}, {injection.describe()}")
-    if sharded:
+    if config.training.shard_base:
         base = ShardedBase([block for _, block in find_blocks(loaded.model)], workers, device)
         nn.Module.to(loaded.model, device)
         workers = replace(workers, sharded=True)
@@ -145,6 +137,20 @@ def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) 
     plan = left.plan or plan_step(loaded, rows, config.training)
     display.say(plan.describe())
     return _Session(config, display, workers, loaded, data, injection, optimizer, plan, loading, left)
+
+
+def _load(config: RunConfig, display: Display, workers: Workers, device: str) -> LoadedModel:
+    """The model where it is computed, or, if it is to be shared out, in the memory of the CPU: it may not fit a GPU."""
+    training = config.training
+    if training.shard_base and workers.count == 1:
+        raise ConfigError("shard_base shares the base out among workers, and this process is alone: start torchrun")
+    if training.shard_base and training.memory is not None:
+        raise ConfigError("memory is measured with a whole base; with shard_base give micro_batch_tokens instead")
+    loaded = load(config.model, compute_dtype(training.dtype, device), "cpu" if training.shard_base else device)
+    display.say(f"model: {loaded.path.name} in {_name(loaded.dtype)} on {device}")
+    if workers.count > 1:
+        display.say(f"{workers.count} workers, {rows_per_step(training, workers.count)} rows a step")
+    return loaded
 
 
 @dataclass
