@@ -21,6 +21,7 @@ ALLOWED = {
     "train": {"models", "adapters", "data", "evals"},
     "runs": {"quant", "adapters", "models", "data", "evals", "train"},
     "cli": {"quant", "adapters", "models", "data", "evals", "train", "runs"},
+    "__main__": {"cli"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -69,6 +70,11 @@ ENGINES = {
     "numba": "kernels/attention.py kernels/block.py kernels/compiled.py kernels/lanes.py "
     "kernels/products.py kernels/rows.py kernels/tiles.py quant/kernels.py quant/lookup.py quant/solver.py",
 }
+
+
+def test_only_one_module_knows_that_there_are_workers() -> None:
+    users = [p for p in MODULES if any(name.startswith("torch.distributed") for name in imports(p))]
+    assert [str(p.relative_to(PACKAGE)) for p in users] == ["train/distributed.py"]
 
 
 @pytest.mark.parametrize(("engine", "owners"), ENGINES.items())

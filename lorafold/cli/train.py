@@ -20,19 +20,25 @@ def train(
     training: Annotated[TrainingConfig, _FLAT] = TrainingConfig(),  # noqa: B008
     output_dir: Path = Path("lorafold-run"),
     config: Path | None = None,
+    resume: bool = False,
 ) -> None:
     """Tune a model on your rows; writes a run folder with adapter, metrics and report.
+
+    Started by torchrun, several processes share the rows of each step.
 
     Args:
         model: a .gguf file, a transformers folder or hub id, or smollm2 (the embedded default).
         output_dir: run folder to write; it must not exist, or be empty.
         config: YAML file with any of these options; the command line wins.
+        resume: go on with the run in output_dir from its last checkpoint (see save_steps), or begin it.
     """
     from lorafold.runs.display import Display, output
-    from lorafold.runs.start import start
+    from lorafold.runs.start import start_worker
 
     del config  # expanded before parsing
-    run = start(RunConfig(model, output_dir, data, adapter, training), Display())
+    run = start_worker(RunConfig(model, output_dir, data, adapter, training), Display(), resume)
+    if run is None:  # the first worker speaks for all
+        return
     s = run.summary
     output(
         f"held-out loss {s['eval_loss_before']:.4f} -> {s['eval_loss_after']:.4f}, "

@@ -11,6 +11,7 @@ from lorafold.config.data import DataConfig, RowsConfig
 from lorafold.config.quantize import QuantizeConfig
 from lorafold.config.run import RunConfig, option_names
 from lorafold.config.training import TrainingConfig
+from lorafold.config.workers import Launched, workers_of
 
 __all__ = [
     "DEFAULT_LEARNING_RATE",
@@ -19,6 +20,7 @@ __all__ = [
     "AdapterSpec",
     "CombineConfig",
     "DataConfig",
+    "Launched",
     "QuantizeConfig",
     "RankConfig",
     "RowsConfig",
@@ -27,4 +29,5 @@ __all__ = [
     "check_positive",
     "gather_faults",
     "option_names",
+    "workers_of",
 ]

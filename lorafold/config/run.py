@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lorafold.config.adapter import AdapterSpec
+from lorafold.config.adapter import METHODS, AdapterSpec
 from lorafold.config.checks import gather_faults, refuse
 from lorafold.config.data import DataConfig
 from lorafold.config.training import TrainingConfig
@@ -37,7 +37,8 @@ class RunConfig:
             eval_data=self.data.eval_data.absolute() if self.data.eval_data else None,
         )
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
-        adapter = replace(self.adapter, lora_alpha=self.adapter.alpha)
+        scaled = "lora_alpha" in METHODS[self.adapter.method].options
+        adapter = replace(self.adapter, lora_alpha=self.adapter.alpha) if scaled else self.adapter
         rate = self.training.learning_rate or self.adapter.default_learning_rate
         return replace(
             self, model=model, data=data, adapter=adapter, training=replace(self.training, learning_rate=rate)

@@ -134,7 +134,6 @@ def _general_loss(model: nn.Module, head: nn.Module, hidden: Tensor, targets: Te
     return total
 
 
-@torch.no_grad()
 def evaluate(
     loaded: LoadedModel,
     rows: Sequence[Tokens],
@@ -142,9 +141,23 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     shared: int | None = SHARED,
 ) -> float:
-    """Mean cross-entropy (nats) per supervised token over all rows.
+    """Mean cross-entropy (nats) per supervised token over all rows; arguments as for `loss_sum`."""
+    total, count = loss_sum(loaded, rows, max_tokens, progress, shared)
+    return total / count
+
+
+@torch.no_grad()
+def loss_sum(
+    loaded: LoadedModel,
+    rows: Sequence[Tokens],
+    max_tokens: int = 1024,
+    progress: Callable[[int], None] | None = None,
+    shared: int | None = SHARED,
+) -> tuple[float, int]:
+    """Sum of the cross-entropies (nats) of the supervised tokens of all rows, and their number.
 
     Args:
+        max_tokens: most tokens at once; a longer row stands alone.
         progress: called with the number of rows done after each forward pass.
         shared: as in `pack`.
     """
@@ -156,4 +169,4 @@ def evaluate(
             count += len(batch.targets)
             if progress:
                 progress(len(group))
-    return float(total) / count
+    return float(total), count

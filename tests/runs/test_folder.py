@@ -28,7 +28,9 @@ CONFIG = RunConfig(
         bias="all",
         modules_to_save=("head",),
     ),
-    TrainingConfig(2, 3, 0.5, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, True, 99, "2GB", 30, "float32", "cpu", 8, 1, 2),
+    TrainingConfig(
+        2, 3, 0.5, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, 5, 6, True, 99, "2GB", 30, True, "float32", "cpu", 8, 1, 2
+    ),
 )
 SUMMARY: dict[str, Any] = {
     "eval_loss_before": 2.0,
