@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lorafold.adapters.adapted import adapted_layers
+from lorafold.adapters.adapted import Carrier, adapted_layers, carriers, plain_parameter
 from lorafold.adapters.fold import (
     LEAST_KEPT,
     LayerFold,
@@ -18,9 +18,11 @@ from lorafold.adapters.fold import (
     fold,
     kept_fraction,
     merged_weight,
+    refuse_parameters,
     requantize,
 )
 from lorafold.adapters.lora import LoRA
+from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.adapters.targets import linear_layers
 from lorafold.errors import FoldError, bullet_list
 from lorafold.files import replacing_folder, size_on_disk
@@ -102,6 +104,8 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
     loaded = load_trained(run)
     if path.resolve() == loaded.path.resolve():
         raise FoldError(f"{path} is the base of this run, without which it cannot be used again; choose another output")
+    if loaded.gguf is not None or loaded.mlx is not None or loaded.bnb is not None:
+        refuse_parameters(loaded.model, "only a transformers folder is folded with these; lorafold export keeps them")
     if loaded.mlx is not None:
         return _fold_mlx(loaded, loaded.mlx, path, to, lossy)
     if loaded.bnb is not None:
@@ -287,7 +291,10 @@ def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -
     """Merge a LoRA run into a copy of a transformers folder, each weight in the type it had."""
     if to not in (None, *DENSE_TYPES):
         raise FoldError(f"a transformers folder is written in {', '.join(DENSE_TYPES)}, not {to}")
-    layers = {f"{name}.weight": layer for name, layer in adapted_layers(loaded.model)}
+    merges = {
+        path if isinstance(carrier, AdaptedParameter) else f"{path}.weight": (path, carrier)
+        for path, carrier in carriers(loaded.model)
+    }
     kept: list[float] = []
     with replacing_folder(path) as temporary:
         for source in sorted(loaded.path.iterdir()):
@@ -297,15 +304,22 @@ def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -
             with safe_open(source, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 header = file.metadata()
-            for key in tensors.keys() & layers.keys():
-                layer = layers.pop(key)
-                wanted = merged_weight(layer)
+            for key in tensors.keys() & merges.keys():
+                before, wanted = _before_and_after(loaded.model, *merges.pop(key))
                 tensors[key] = wanted.to(DENSE_TYPES[to] if to else tensors[key].dtype)
-                before = base_weight(layer.base)
                 kept.append(kept_fraction(tensors[key].float() - before, wanted - before))
             save_tensors(temporary / source.name, tensors, header)
-        if layers:
-            raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(layers)[:5]))
+        if merges:
+            raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(merges)[:5]))
         report = _dense_report(kept, size_on_disk(loaded.path))
         _refuse_loss(report, lossy)
     return _sized(report, path)
+
+
+def _before_and_after(model: nn.Module, path: str, carrier: Carrier) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight or parameter in float32 without its adapters, and with them."""
+    if isinstance(carrier, AdaptedParameter):
+        plain = plain_parameter(model, path)
+        assert plain is not None
+        return plain.detach().float(), carrier(plain).detach().float()
+    return base_weight(carrier.base), merged_weight(carrier)
