@@ -10,7 +10,7 @@ as the loss, chunk by chunk, and the logits are gone before the next chunk.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -137,7 +137,7 @@ def _general_loss(model: nn.Module, head: nn.Module, hidden: Tensor, targets: Te
 @torch.no_grad()
 def evaluate(
     loaded: LoadedModel,
-    rows: Sequence[Tokens],
+    rows: Iterable[Tokens],
     max_tokens: int = 1024,
     progress: Callable[[int], None] | None = None,
     shared: int | None = SHARED,

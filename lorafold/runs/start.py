@@ -11,7 +11,8 @@ import torch
 from lorafold.adapters.inject import Injection, inject
 from lorafold.config import RunConfig
 from lorafold.data.rows import Example
-from lorafold.data.tokens import prompt_ids
+from lorafold.data.stream import RowStream
+from lorafold.data.tokens import Tokens, prompt_ids
 from lorafold.errors import ConfigError, TrainingError
 from lorafold.evals.generate import generate
 from lorafold.evals.loss import evaluate
@@ -143,12 +144,15 @@ def _train(
                 f"stopped after step {len(steps)} of {total}; {folder.path / ADAPTER} holds the adapter as it is"
             )
         raise
+    finally:
+        if isinstance(rows, RowStream):
+            display.say(f"training data: {rows.describe_met()}")
     return steps
 
 
 def _evaluate(
     loaded: LoadedModel,
-    rows: Sequence[Any],
+    rows: Sequence[Tokens] | RowStream,
     display: Display,
     folder: RunFolder,
     config: RunConfig,

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
@@ -19,11 +20,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from lorafold.adapters.inject import group_parameters_once
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import micro_batches, pack
+from lorafold.data.stream import RowStream, row_batches
 from lorafold.data.tokens import Tokens
 from lorafold.errors import TrainingError
 from lorafold.evals.loss import WHOLE, head_once, pack_loss
 from lorafold.models.load import LoadedModel
-from lorafold.train.budget import Plan, checkpointed, plan_within
+from lorafold.train.budget import Plan, check_fits, checkpointed, plan_within
 from lorafold.train.memory import keep_freed_memory
 from lorafold.train.schedule import learning_rate_at
 
@@ -69,11 +71,11 @@ def epoch_batches(n_rows: int, config: TrainingConfig) -> Iterator[list[int]]:
     generator = torch.Generator().manual_seed(config.seed)
     size = rows_per_step(config)
     while True:
-        order = torch.randperm(n_rows, generator=generator).tolist()
-        yield from (order[i : i + size] for i in range(0, n_rows, size))
+        order = torch.randperm(n_rows, generator=generator)
+        yield from (order[i : i + size].tolist() for i in range(0, n_rows, size))
 
 
-def plan_step(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingConfig) -> Plan:
+def plan_step(loaded: LoadedModel, rows: Sequence[Tokens] | RowStream, config: TrainingConfig) -> Plan:
     """How many tokens are computed at once, and whether blocks are computed again.
 
     Raises:
@@ -82,12 +84,13 @@ def plan_step(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingConfi
     if config.memory_bytes is None:
         return Plan(config.micro_batch_tokens or MICRO_BATCH_TOKENS, config.gradient_checkpointing)
     most = config.micro_batch_tokens or LARGEST_MICRO_BATCH
-    return plan_within(config.memory_bytes, loaded, rows, most, config.gradient_checkpointing)
+    known = rows.sample if isinstance(rows, RowStream) else rows
+    return plan_within(config.memory_bytes, loaded, known, most, config.gradient_checkpointing)
 
 
 def train_steps(
     loaded: LoadedModel,
-    rows: Sequence[Tokens],
+    rows: Sequence[Tokens] | RowStream,
     config: TrainingConfig,
     plan: Plan | None = None,
 ) -> Iterator[Step]:
@@ -102,6 +105,7 @@ def train_steps(
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those before that step. Or the longest row
             does not fit the memory that is allowed.
+        DataError: a row of a stream turns out to be unusable.
     """
     assert config.learning_rate is not None
     parameters = [p for p in loaded.model.parameters() if p.requires_grad]
@@ -112,14 +116,14 @@ def train_steps(
     torch.manual_seed(config.seed)
     total = total_steps(len(rows), config)
     shared = None if drops_out(loaded.model) else config.shared_prefix_tokens or None
-    batches = epoch_batches(len(rows), config)
+    batches = row_batches(rows, islice(epoch_batches(len(rows), config), total))
     loaded.model.train()
     gc.collect()
     gc.freeze()  # the collector would walk through the model and all imported modules several times a step
     try:
         with checkpointed(loaded, plan.checkpointing):
-            for step in range(total):
-                batch = [rows[i] for i in next(batches)]
+            for step, batch in enumerate(batches):
+                check_fits(plan, batch)
                 rate = learning_rate_at(
                     step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
                 )

@@ -55,11 +55,13 @@ def test_plans(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     _with(monkeypatch, 1e6, 1000.0, 100.0)
     layers = loaded.model.config.num_hidden_layers
     again = 100 + 1000 / layers
-    assert plan_within(10**8, loaded, ROWS, 4096) == Plan(4096, False, 10**8)
-    assert plan_within(2 * 10**6, loaded, ROWS, 4096) == Plan(int((0.95 * 2e6 - 1e6) / 1000) - 64, False, 2 * 10**6)
+    assert plan_within(10**8, loaded, ROWS, 4096) == Plan(4096, False, 10**8, int((0.95e8 - 1e6) / 1000) - 64)
+    fit = int((0.95 * 2e6 - 1e6) / 1000) - 64
+    assert plan_within(2 * 10**6, loaded, ROWS, 4096) == Plan(fit, False, 2 * 10**6, fit)
     assert plan_within(2 * 10**6, loaded, ROWS, 4096, checkpointing=True).checkpointing
     tight = int((1e6 + 120 * 1000) / 0.95)  # 120 tokens, and the longest row takes 90 and the rest of a pack
-    assert plan_within(tight, loaded, ROWS, 4096) == Plan(int((0.95 * tight - 1e6) / again) - 64, True, tight)
+    fit = int((0.95 * tight - 1e6) / again) - 64
+    assert plan_within(tight, loaded, ROWS, 4096) == Plan(fit, True, tight, fit)
     with pytest.raises(TrainingError, match=r"longest row has 90 tokens, which takes 0\.00 GB.*max_length"):
         plan_within(10**6, loaded, ROWS, 4096)
 
