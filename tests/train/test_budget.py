@@ -95,6 +95,16 @@ def test_the_result_is_the_same(loaded: LoadedModel, monkeypatch: pytest.MonkeyP
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_longer_row_met_later_is_refused(loaded: LoadedModel) -> None:
+    """The others have been trained on by then, and only where a budget was given."""
+    plan = Plan(4096, False, 10**9, longest=89)
+    steps = train_steps(loaded, ROWS, TrainingConfig(1, learning_rate=1e-3, num_train_epochs=1), plan)
+    with pytest.raises(TrainingError, match=r"row 1 of the data has 90 tokens, and 89 fit.*smaller max_length"):
+        list(steps)
+    budget.check_fits(Plan(4096, False, 10**9, longest=90), ROWS)
+    budget.check_fits(Plan(16, False), ROWS)
+
+
 def test_too_little_memory_ends_before_the_first_step(loaded: LoadedModel) -> None:
     with pytest.raises(TrainingError, match="longest row"):
         next(train_steps(loaded, ROWS, TrainingConfig(learning_rate=1e-3, memory="1MB")))
