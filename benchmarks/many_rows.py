@@ -44,14 +44,6 @@ COMMON = [
     "by",
     "at",
     "this",
-    "are",
-    "from",
-    "or",
-    "an",
-    "have",
-    "not",
-    "you",
-    "which",
 ]
 TAKEN = 20_000  # rows that are drawn without training
 TRAIN = ["smollm2", "--max-steps", "3", "--sample-rows", "0", "--eval-limit", "8"]

@@ -16,7 +16,7 @@ from lorafold.data.read import Rows
 from lorafold.data.rows import Converter, Example
 from lorafold.data.tokens import Tokens, describe_lost, tokenize, tokenize_each
 
-KEPT_ROWS = 10_000  # up to so many are tokenized at once and kept
+KEPT_ROWS, KEPT_BYTES = 10_000, 20_000_000  # up to so many, of so much text, are tokenized at once and kept
 _SPREAD, _LONGEST = 1000, 64  # rows of the sample: evenly over all, and those with the most text
 _BATCH = 1000  # rows tokenized at once when all are asked for
 _T = TypeVar("_T")

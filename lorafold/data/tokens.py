@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorafold.data.rendering import Rendered, render, render_request
@@ -140,10 +140,11 @@ def tokenize(
     if not examples:
         raise DataError("there are no rows to tokenize")
     rows, dropped, lost, needed, templates = [], [], [], [], {}
+    same: dict[int, int] = {}  # one object for each token of the vocabulary, not one for each token of the rows
     for row in tokenize_each(examples, tokenizer, template, max_length, supervise, progress):
         templates[row.template] = True
         if any(row.tokens.supervised):
-            rows.append(row.tokens)
+            rows.append(replace(row.tokens, ids=[same.setdefault(i, i) for i in row.tokens.ids]))
             lost.append(row.lost)
         else:
             dropped.append(row.tokens.row)

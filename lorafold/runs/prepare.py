@@ -12,7 +12,7 @@ import numpy as np
 from lorafold.config import DataConfig, RowsConfig
 from lorafold.data.read import Rows, has_split, read_rows, split_rows
 from lorafold.data.rows import Converter, Example, check_rows, converter, to_examples
-from lorafold.data.stream import KEPT_ROWS, RowStream
+from lorafold.data.stream import KEPT_BYTES, KEPT_ROWS, RowStream
 from lorafold.data.tokens import Tokenized, tokenize
 from lorafold.errors import DataError
 from lorafold.runs.display import Display
@@ -148,7 +148,7 @@ def _tokenize(
         "max_length": config.max_length,
         "supervise": config.supervise,
     }
-    if len(index) <= KEPT_ROWS:
+    if len(index) <= KEPT_ROWS and rows.sizes()[index].sum() <= KEPT_BYTES:
         return tokenize(_examples(rows, index, config), tokenizer, **options)
     convert = converter(rows.columns, config.prompt, config.completion)
     _check(rows, index, convert, display)

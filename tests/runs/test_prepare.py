@@ -103,10 +103,11 @@ def test_a_folder_of_only_train_files_is_split(tmp_path: Path, tokenizer: Any) -
     assert (len(prepared.train.rows), len(prepared.held_out.rows)) == (9, 1)
 
 
-@pytest.fixture
-def _many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five rows are many."""
-    monkeypatch.setattr("lorafold.runs.prepare.KEPT_ROWS", 5)
+@pytest.fixture(params=[("KEPT_ROWS", 5), ("KEPT_BYTES", 100)], ids=["rows", "bytes"])
+def _many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows are many, or 100 bytes."""
+    name, value = request.param
+    monkeypatch.setattr(f"lorafold.runs.prepare.{name}", value)
 
 
 @pytest.mark.usefixtures("_many")
@@ -120,13 +121,14 @@ def test_many_rows_are_those_that_few_would_be(
     held = held_out_rows(run, tokenizer)
     assert isinstance(streamed.train, RowStream)
     assert isinstance(held, RowStream)
-    monkeypatch.setattr("lorafold.runs.prepare.KEPT_ROWS", 1000)
+    for name in ("KEPT_ROWS", "KEPT_BYTES"):
+        monkeypatch.setattr(f"lorafold.runs.prepare.{name}", 10_000)
     kept = prepare(config, tokenizer, 3, Display(quiet=True))
     assert isinstance(kept.train, Tokenized)
     assert list(streamed.train) == kept.train.rows
     assert list(streamed.held_out.rows) == list(held) == kept.held_out.rows
     assert streamed.train.cut == kept.train.cut > 0
-    assert streamed.examples == kept.examples[:5]
+    assert streamed.examples == kept.examples[: len(streamed.examples)] != []
 
 
 @pytest.mark.usefixtures("_many")
