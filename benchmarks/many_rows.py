@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -90,11 +91,11 @@ def write(path: Path, count: int) -> None:
 
 
 def watched(arguments: list[str], cache: Path, metrics: Path | None = None) -> dict[str, float]:
-    """Run Python: seconds until `metrics` has a training step, seconds in all, peaks in MB, and what it prints last."""
+    """Run Python: what `metrics` having a training step took, seconds in all, peaks in MB, and what it prints."""
     began = time.perf_counter()
     environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
     process = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
-    found = {"first_step": 0.0, "VmHWM": 0.0, "RssAnon": 0.0}
+    found = {"first_step": 0.0, "cpu": 0.0, "VmHWM": 0.0, "RssAnon": 0.0}
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
         for line in status.read_text().splitlines():
@@ -103,6 +104,8 @@ def watched(arguments: list[str], cache: Path, metrics: Path | None = None) -> d
                 found[name] = max(found[name], int(value.split()[0]) / 1000)
         if not found["first_step"] and metrics and metrics.exists() and '"loss"' in metrics.read_text():
             found["first_step"] = time.perf_counter() - began
+            ticks = (status.parent / "stat").read_text().rpartition(")")[2].split()[11:13]
+            found["cpu"] = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
         time.sleep(0.01)
     assert process.stdout
     printed = process.stdout.read()
@@ -111,11 +114,11 @@ def watched(arguments: list[str], cache: Path, metrics: Path | None = None) -> d
     return found | {"seconds": time.perf_counter() - began, "printed": float(printed) if metrics is None else 0.0}
 
 
-def measure(folder: Path, suffix: str, count: int) -> Iterator[dict[str, object]]:
+def measure(folder: Path, suffix: str, count: int) -> Iterator[dict[str, Any]]:
     """Train with an empty cache and again, then draw rows."""
     data, cache = folder / f"{count}.{suffix}", folder / f"cache-{suffix}-{count}"
     write(data, count)
-    case: dict[str, object] = {"format": suffix, "rows": count, "file_MB": data.stat().st_size / 1e6}
+    case: dict[str, Any] = {"format": suffix, "rows": count, "file_MB": data.stat().st_size / 1e6}
     for attempt in ("first", "second"):
         run = folder / f"run-{suffix}-{count}-{attempt}"
         arguments = ["-c", COMMAND, "train", *TRAIN, "--data", str(data), "--output-dir", str(run)]
@@ -123,6 +126,23 @@ def measure(folder: Path, suffix: str, count: int) -> Iterator[dict[str, object]
         stored = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) / 1e6
         yield case | {"what": f"train, {attempt} time", "cache_MB": stored} | found
     yield case | {"what": f"draw {TAKEN:,} rows"} | watched(["-c", TAKE, str(data)], cache)
+
+
+def line(case: dict[str, Any]) -> str:
+    """A line of the table."""
+    cells = [
+        case["format"],
+        f"{case['rows']:,}",
+        f"{case['file_MB']:.1f} MB",
+        f"{case['cache_MB']:.0f} MB" if "cache_MB" in case else "",
+        case["what"],
+        f"{case['first_step']:.1f} s" if case["first_step"] else "",
+        f"{case['cpu']:.1f} s" if case["cpu"] else "",
+        f"{case['printed'] * 1e6:.0f} us" if case["printed"] else "",
+        f"{case['VmHWM']:.0f} MB",
+        f"{case['RssAnon']:.0f} MB",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -133,21 +153,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results = []
-    print("| format | rows | file | cache | | first step after | a row | peak resident | peak anonymous |")
-    print("|---|---:|---:|---:|---|---:|---:|---:|---:|")
+    print("| format | rows | file | cache | | first step after | of CPU time | a row | resident | anonymous |")
+    print("|---|---:|---:|---:|---|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         for suffix in args.formats:
             for count in args.rows:
                 for case in measure(Path(folder), suffix, count):
                     results.append(case)
-                    first = f"{case['first_step']:.1f} s" if case["first_step"] else ""
-                    each = f"{case['printed'] * 1e6:.0f} us" if case["printed"] else ""
-                    stored = f"{case['cache_MB']:.0f} MB" if "cache_MB" in case else ""
-                    print(
-                        f"| {suffix} | {count:,} | {case['file_MB']:.1f} MB | {stored} | {case['what']} | {first} | "
-                        f"{each} | {case['VmHWM']:.0f} MB | {case['RssAnon']:.0f} MB |",
-                        flush=True,
-                    )
+                    print(line(case), flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 
