@@ -19,7 +19,7 @@ from torch import Tensor
 from lorafold.adapters.inject import adapted_layers, group_parameters_once
 from lorafold.data.packs import pack
 from lorafold.data.tokens import Tokens
-from lorafold.errors import TrainingError
+from lorafold.errors import DataError, TrainingError
 from lorafold.evals.loss import WHOLE, pack_loss
 from lorafold.models.attention import KEPT_TOKENS
 from lorafold.models.load import LoadedModel
@@ -96,11 +96,11 @@ def check_fits(plan: Plan, rows: Sequence[Tokens]) -> None:
     """Refuse a row that was not known when the plan was made and does not fit the budget.
 
     Raises:
-        TrainingError: names the row.
+        DataError: names the row.
     """
     longest = max(rows, key=len)
     if plan.longest is not None and len(longest) > plan.longest:
-        raise TrainingError(
+        raise DataError(
             f"memory: row {longest.row} of the data has {len(longest):,} tokens, and {plan.longest:,} fit the memory "
             "that is allowed; allow more, or cut rows with a smaller max_length"
         )

@@ -105,7 +105,7 @@ def train_steps(
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those before that step. Or the longest row
             does not fit the memory that is allowed.
-        DataError: a row of a stream turns out to be unusable.
+        DataError: a row of a stream turns out to be unusable, or too long for the memory that is allowed.
     """
     assert config.learning_rate is not None
     parameters = [p for p in loaded.model.parameters() if p.requires_grad]

@@ -14,7 +14,7 @@ import torch
 from lorafold.adapters.inject import adapter_state, inject
 from lorafold.config import AdapterSpec, TrainingConfig
 from lorafold.data.tokens import Tokens
-from lorafold.errors import ConfigError, TrainingError
+from lorafold.errors import ConfigError, DataError, TrainingError
 from lorafold.files import parse_bytes
 from lorafold.models.load import LoadedModel, load
 from lorafold.train import budget
@@ -99,7 +99,7 @@ def test_a_longer_row_met_later_is_refused(loaded: LoadedModel) -> None:
     """The others have been trained on by then, and only where a budget was given."""
     plan = Plan(4096, False, 10**9, longest=89)
     steps = train_steps(loaded, ROWS, TrainingConfig(1, learning_rate=1e-3, num_train_epochs=1), plan)
-    with pytest.raises(TrainingError, match=r"row 1 of the data has 90 tokens, and 89 fit.*smaller max_length"):
+    with pytest.raises(DataError, match=r"row 1 of the data has 90 tokens, and 89 fit.*smaller max_length"):
         list(steps)
     budget.check_fits(Plan(4096, False, 10**9, longest=90), ROWS)
     budget.check_fits(Plan(16, False), ROWS)
