@@ -80,8 +80,11 @@ class Rows(Sequence[Row]):
             column = self._table.data.column(name)
             if not pa.types.is_string(column.type):
                 return np.ones(len(self), bool)
-            found |= np.concatenate([_is_blank(part) for part in column.chunks])
-            self._drop_pages()
+            parts = []
+            for part in column.chunks:
+                parts.append(_is_blank(part))
+                self._drop_pages()
+            found |= np.concatenate(parts)
         return found
 
     def sizes(self) -> np.ndarray:
