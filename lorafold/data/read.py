@@ -33,7 +33,7 @@ _LAYOUT = 2  # of the stored table; raise it when the encoding of cells changes
 _BATCH = 1000  # rows held at once
 _BLOCK = 4 << 20
 _WHITE = "".join(filter(str.isspace, map(chr, range(0x10000))))  # what str.strip takes away
-_UNTIL_DROPPED = 64  # rows taken singly before their pages are dropped: each may map 64 KiB a column
+_UNTIL_DROPPED = 16  # rows taken singly before their pages are dropped: each may map 2 MB
 _LARGE = 50_000_000  # bytes; reading more takes seconds
 
 
