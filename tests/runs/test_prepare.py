@@ -23,7 +23,7 @@ from lorafold.runs.display import Display
 from lorafold.runs.folder import Run
 from lorafold.runs.prepare import all_rows, held_out_examples, held_out_rows, prepare
 from lorafold.train.loop import epoch_batches
-from tests.practice import write_data
+from tests.practice import command, write_data
 from tests.tiny import tiny_gguf
 
 
@@ -182,3 +182,13 @@ def test_what_was_cut_is_said_aloud(tmp_path: Path, tokenizer: Any, capsys: pyte
     assert "training data: " in said
     assert "held-out data: " in said
     assert "longer than 24 tokens were cut" in said
+
+
+@pytest.mark.usefixtures("_many")
+def test_preview_tokenizes_all_of_many_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = tiny_gguf(tmp_path, "llama", "Q4_1"), write_data(tmp_path / "rows.jsonl", 30)
+    assert command("preview", model, "--data", data, "--rows", 1, "--max-length", 24) == 0
+    said = capsys.readouterr()
+    assert said.out.count("supervised") == 1
+    assert "30 of 30 rows were tokenized." in said.err
+    assert "longer than 24 tokens were cut" in said.err.partition("30 of 30")[2]
