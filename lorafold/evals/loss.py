@@ -10,7 +10,7 @@ as the loss, chunk by chunk, and the logits are gone before the next chunk.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ def _general_loss(model: nn.Module, head: nn.Module, hidden: Tensor, targets: Te
 
 def evaluate(
     loaded: LoadedModel,
-    rows: Sequence[Tokens],
+    rows: Iterable[Tokens],
     max_tokens: int = 1024,
     progress: Callable[[int], None] | None = None,
     shared: int | None = SHARED,
@@ -149,7 +149,7 @@ def evaluate(
 @torch.no_grad()
 def loss_sum(
     loaded: LoadedModel,
-    rows: Sequence[Tokens],
+    rows: Iterable[Tokens],
     max_tokens: int = 1024,
     progress: Callable[[int], None] | None = None,
     shared: int | None = SHARED,

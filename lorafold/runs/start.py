@@ -14,6 +14,7 @@ from torch import nn
 from lorafold.adapters.inject import Injection, inject
 from lorafold.config import RunConfig
 from lorafold.data.rows import Example
+from lorafold.data.stream import RowStream
 from lorafold.data.tokens import prompt_ids
 from lorafold.errors import ConfigError, TrainingError
 from lorafold.evals.generate import generate
@@ -230,6 +231,9 @@ class _Session:
                     f"stopped after step {len(self.steps)} of {total}; {adapter} holds the adapter as it is{again}"
                 )
             raise
+        finally:
+            if isinstance(rows, RowStream):
+                self.display.say(f"training data: {rows.describe_met()}")
 
     def _save_adapter(self) -> None:
         with self.workers.together():

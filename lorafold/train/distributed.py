@@ -11,12 +11,14 @@ import datetime
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorafold.config import workers_of
+from lorafold.data.stream import RowStream
 from lorafold.data.tokens import Tokens
 from lorafold.errors import ConfigError, LoraFoldError, WorkerError
 
@@ -60,9 +62,9 @@ class Workers:
             torch.cuda.set_device(self.local_rank)
         return device
 
-    def every(self, rows: Sequence[Tokens]) -> Sequence[Tokens]:
+    def every(self, rows: Sequence[Tokens] | RowStream) -> Sequence[Tokens] | RowStream:
         """This worker's part of many rows: one of as many as there are workers; where the base is shared out, all."""
-        return rows if self.count == 1 or self.sharded else [rows[i] for i in range(self.rank, len(rows), self.count)]
+        return rows if self.count == 1 or self.sharded else list(islice(rows, self.rank, None, self.count))
 
     def share(self, rows: list[Tokens]) -> list[Tokens]:
         """This worker's rows of a step: the longest are dealt first, each to the worker that has the fewest tokens."""

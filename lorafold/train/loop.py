@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from lorafold.adapters.adapted import parameters_once
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import micro_batches, pack
+from lorafold.data.stream import RowStream, row_batches
 from lorafold.data.tokens import Tokens
 from lorafold.errors import TrainingError
 from lorafold.evals.loss import WHOLE, head_once, pack_loss
 from lorafold.models.load import LoadedModel
-from lorafold.train.budget import Plan, checkpointed, plan_within
+from lorafold.train.budget import Plan, check_fits, checkpointed, plan_within
 from lorafold.train.distributed import ALONE, Workers
 from lorafold.train.memory import free_at_once, keep_freed_memory
 from lorafold.train.schedule import learning_rate_at
@@ -73,11 +74,11 @@ def epoch_batches(n_rows: int, config: TrainingConfig, workers: int = 1) -> Iter
     generator = torch.Generator().manual_seed(config.seed)
     size = rows_per_step(config, workers)
     while True:
-        order = torch.randperm(n_rows, generator=generator).tolist()
-        yield from (order[i : i + size] for i in range(0, n_rows, size))
+        order = torch.randperm(n_rows, generator=generator)
+        yield from (order[i : i + size].tolist() for i in range(0, n_rows, size))
 
 
-def plan_step(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingConfig) -> Plan:
+def plan_step(loaded: LoadedModel, rows: Sequence[Tokens] | RowStream, config: TrainingConfig) -> Plan:
     """How many tokens are computed at once, and whether blocks are computed again.
 
     Raises:
@@ -86,7 +87,8 @@ def plan_step(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingConfi
     if config.memory_bytes is None:
         return Plan(config.micro_batch_tokens or MICRO_BATCH_TOKENS, config.gradient_checkpointing)
     most = config.micro_batch_tokens or LARGEST_MICRO_BATCH
-    return plan_within(config.memory_bytes, loaded, rows, most, config.gradient_checkpointing)
+    known = rows.sample if isinstance(rows, RowStream) else rows
+    return plan_within(config.memory_bytes, loaded, known, most, config.gradient_checkpointing)
 
 
 def make_optimizer(loaded: LoadedModel, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -98,7 +100,7 @@ def make_optimizer(loaded: LoadedModel, config: TrainingConfig) -> torch.optim.O
 
 def train_steps(
     loaded: LoadedModel,
-    rows: Sequence[Tokens],
+    rows: Sequence[Tokens] | RowStream,
     config: TrainingConfig,
     plan: Plan | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -119,6 +121,7 @@ def train_steps(
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those before that step. Or the longest row
             does not fit the memory that is allowed.
+        DataError: a row of a stream turns out to be unusable, or too long for the memory that is allowed.
     """
     assert config.learning_rate is not None
     optimizer = optimizer or make_optimizer(loaded, config)
@@ -126,14 +129,14 @@ def train_steps(
     (keep_freed_memory if plan.budget is None else free_at_once)()
     total = total_steps(len(rows), config, workers.count)
     shared = None if drops_out(loaded.model) else config.shared_prefix_tokens or None
-    batches = itertools.islice(epoch_batches(len(rows), config, workers.count), done, None)
+    batches = row_batches(rows, islice(epoch_batches(len(rows), config, workers.count), done, total))
     loaded.model.train()
     gc.collect()
     gc.freeze()  # the collector would walk through the model and all imported modules several times a step
     try:
         with checkpointed(loaded, plan.checkpointing):
-            for step in range(done, total):
-                batch = [rows[i] for i in next(batches)]
+            for step, batch in enumerate(batches, done):
+                check_fits(plan, batch)
                 rate = learning_rate_at(
                     step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
                 )
@@ -193,7 +196,7 @@ def _add_gradients(
     own = workers.share(batch)
     if shared is not None:
         own = sorted(own, key=lambda row: row.ids)  # neighbours have most in common
-    groups = micro_batches(own, plan.micro_batch_tokens, loaded.row_align, shared)
+    groups = list(micro_batches(own, plan.micro_batch_tokens, loaded.row_align, shared))
     idle = workers.passes(len(groups)) - len(groups)
     once = contextlib.nullcontext() if workers.sharded else parameters_once(loaded.model)
     losses: list[Tensor] = []
