@@ -18,6 +18,7 @@ class TrainingConfig:
         per_device_train_batch_size: rows of a forward and backward pass (split further by micro_batch_tokens).
         gradient_accumulation_steps: passes before an optimizer step; the loss is averaged over all their tokens.
         learning_rate: of AdamW; the default depends on the method.
+        loraplus_lr_ratio: LoRA+ (arXiv 2402.12354): B learns so many times faster than A.
         num_train_epochs: passes over the data.
         max_steps: optimizer steps, instead of epochs.
         warmup_ratio: share of the steps in which the learning rate rises from 0.
@@ -44,6 +45,7 @@ class TrainingConfig:
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
+    loraplus_lr_ratio: float | None = None
     num_train_epochs: float = 1.0
     max_steps: int | None = None
     warmup_ratio: float = 0.05
@@ -70,6 +72,7 @@ class TrainingConfig:
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
             "learning_rate",
+            "loraplus_lr_ratio",
             "num_train_epochs",
             "max_steps",
             "eval_steps",

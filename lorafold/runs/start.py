@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafold.adapters.inject import Injection, inject
+from lorafold.adapters.inject import Injection
 from lorafold.config import RunConfig
 from lorafold.data.rows import Example
 from lorafold.data.stream import RowStream
@@ -23,6 +23,7 @@ from lorafold.models.adapter_files import save_adapter
 from lorafold.models.load import LoadedModel, compute_dtype, load
 from lorafold.runs.blocks import find_blocks
 from lorafold.runs.display import Display, training_note
+from lorafold.runs.eva import inject_for
 from lorafold.runs.folder import (
     ADAPTER,
     SAMPLES,
@@ -118,7 +119,7 @@ def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) 
     rows = data.train.rows
     check_same_learning(left, train_rows=len(rows), data_sha256=data.fingerprint, dtype=_name(loaded.dtype))
     seeded(config.training.seed)
-    injection = inject(loaded.model, config.adapter)
+    injection = inject_for(loaded, config.adapter, rows)
     display.say(f"adapter: {config.adapter.label}, {injection.describe()}")
     if config.training.shard_base:
         base = ShardedBase([block for _, block in find_blocks(loaded.model)], workers, device)

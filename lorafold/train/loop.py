@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from lorafold.config import TrainingConfig
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.stream import RowStream, row_batches
 from lorafold.data.tokens import Tokens
-from lorafold.errors import TrainingError
+from lorafold.errors import ConfigError, TrainingError
 from lorafold.evals.loss import WHOLE, head_once, pack_loss
 from lorafold.models.load import LoadedModel
 from lorafold.train.budget import Plan, check_fits, checkpointed, plan_within
@@ -92,10 +93,23 @@ def plan_step(loaded: LoadedModel, rows: Sequence[Tokens] | RowStream, config: T
 
 
 def make_optimizer(loaded: LoadedModel, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over every parameter that requires a gradient."""
+    """AdamW over every parameter that requires a gradient; with LoRA+ (arXiv 2402.12354) B learns faster than A.
+
+    `lr_scale` of a group is its share of the learning rate.
+
+    Raises:
+        ConfigError: LoRA+ is asked for and nothing that is trained is a B.
+    """
     assert config.learning_rate is not None
-    parameters = [p for p in loaded.model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    trained = {name: p for name, p in loaded.model.named_parameters() if p.requires_grad}
+    ratio = config.loraplus_lr_ratio
+    faster = [p for name, p in trained.items() if ratio and name.rpartition(".")[2].endswith("_B")]
+    if ratio and not faster:
+        raise ConfigError("loraplus_lr_ratio is for adapters with a B, and this one has none; leave it out")
+    chosen = {id(p) for p in faster}
+    groups: list[dict[str, Any]] = [{"params": [p for p in trained.values() if id(p) not in chosen], "lr_scale": 1.0}]
+    groups += [{"params": faster, "lr_scale": ratio}] if faster else []
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def train_steps(
@@ -176,7 +190,7 @@ def _one_step(
         optimizer.zero_grad(set_to_none=True)
         raise
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(len(row.ids) for row in batch)

@@ -31,6 +31,8 @@ METHODS: dict[str, tuple[object, ...]] = {
     "blocks": ("--method", "lora", "--layers-to-transform", 0, "--layers-to-transform", 2),
     "embedding": ("--method", "lora", "--target-modules", "embed_tokens", "q_proj"),
     "head": ("--method", "lora", "--modules-to-save", "lm_head", "norm"),
+    "eva": ("--method", "lora", "--init-lora-weights", "eva"),
+    "LoRA+": ("--method", "lora", "--loraplus-lr-ratio", 4),
     "vera": ("--method", "vera", "--learning-rate", 0.05),
 }
 

@@ -29,7 +29,7 @@ CONFIG = RunConfig(
         modules_to_save=("head",),
     ),
     TrainingConfig(
-        2, 3, 0.5, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, 5, 6, True, 99, "2GB", 30, True, "float32", "cpu", 8, 1, 2
+        2, 3, 0.5, 16.0, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, 5, 6, True, 99, "2GB", 30, True, "float32", "cpu", 8, 1, 2
     ),
 )
 SUMMARY: dict[str, Any] = {
