@@ -87,7 +87,8 @@ class _RowAdapters:
                 added[which] = adapter.extra(seen[which], plain[which])
             return y + self.rows.together(added, y)
         seen = self.rows.apart(x.unflatten(-1, (-1, self.group)).sum(-1) if self.group > 1 else x)
-        hidden = seen.flatten(1, -2) if self.a is None else seen.flatten(1, -2) @ self.a.mT
+        seen = seen.reshape(len(seen), -1, seen.shape[-1])
+        hidden = seen if self.a is None else seen @ self.a.mT
         return y + self.rows.together(hidden @ self.b.mT, y)
 
 
