@@ -20,6 +20,7 @@ from lorafold.adapters.adapted import (
     AdaptedParameter,
     carriers,
     delete_adapter,
+    plain_modules,
     plain_parameter,
     set_active,
 )
@@ -120,6 +121,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     copies: list[tuple[Tensor, Tensor]] = []
     before = [(carrier, carrier.active) for _, carrier in carriers(model)]
     _refuse_packed(model)
+    _refuse_shared(model)
     try:
         with torch.no_grad():
             for weight, new in _merges(model):
@@ -129,7 +131,7 @@ def merged(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for weight, copy in copies:
+            for weight, copy in reversed(copies):
                 weight.copy_(copy)
         for carrier, active in before:
             carrier.active = active
@@ -142,6 +144,21 @@ def _refuse_packed(model: nn.Module) -> None:
             f"{len(packed)} layers are packed ({packed[0]} ...), so an update cannot be put into their weights here; "
             "use lorafold fold"
         )
+
+
+def _refuse_shared(model: nn.Module) -> None:
+    """Refuse weights that another module computes with as well: it would get the update too."""
+    uses: dict[int, list[str]] = {}
+    for path, module in plain_modules(model).items():
+        for name, value in module.named_parameters(recurse=False):
+            uses.setdefault(value.data_ptr(), []).append(f"{path}.{name}")
+    for path, carrier in carriers(model):
+        if carrier.active and isinstance(carrier, AdaptedLayer):
+            others = uses.get(carrier.base.weight.data_ptr(), [])  # type: ignore[union-attr, operator]
+            if len(others) > 1:
+                raise AdapterError(
+                    f"{path} shares its weight ({', '.join(others)}), so an update of one alone cannot be merged"
+                )
 
 
 def _merges(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -166,6 +183,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     """
     if merge:
         _refuse_packed(model)
+        _refuse_shared(model)
         with torch.no_grad():
             for weight, new in _merges(model):
                 weight.copy_(new)

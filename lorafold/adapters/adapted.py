@@ -34,6 +34,8 @@ class AdaptedLayer(nn.Module):
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict()
+        self.train(base.training)
+        self.register_forward_hook(_nothing)  # torch's fast path of an encoder layer would read the weight past us
         self.active: tuple[str, ...] = ()
         self._once: tuple[Tensor | None, Tensor | None] | None = None  # see `parameters_once`
         self.by_row: Callable[[Tensor], Tensor] | None = None  # see `adapters_by_row`
@@ -92,6 +94,10 @@ class AdaptedLayer(nn.Module):
         return self._once or (self.offset(), self.scale())
 
 
+def _nothing(*_: Any) -> None:
+    """A hook, of which only the presence counts."""
+
+
 Carrier = AdaptedLayer | AdaptedParameter
 
 
@@ -122,6 +128,23 @@ def carriers(model: nn.Module) -> list[tuple[str, Carrier]]:
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """(name, layer) of every layer that carries adapters."""
     return ((name, carrier) for name, carrier in carriers(model) if isinstance(carrier, AdaptedLayer))
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by the names they had before anything was adapted: layers without their adapters."""
+    found: dict[str, nn.Module] = {}
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        module = module.base if isinstance(module, AdaptedLayer) else module
+        found[path] = module
+        chains = module._modules.get("parametrizations")
+        prefix = f"{path}." if path else ""
+        for name in reversed(module._modules):
+            child = module._modules[name]
+            if child is not None and not (child is chains and parametrize.is_parametrized(module)):
+                stack.append((prefix + name, child))
+    return found
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -160,9 +183,12 @@ def adapt_parameter(model: nn.Module, path: str) -> AdaptedParameter:
         return next(m for m in owner.parametrizations[name] if isinstance(m, AdaptedParameter))  # type: ignore[index]
     parameter = getattr(owner, name)
     carrier = AdaptedParameter(parameter.device)
+    carrier.train(owner.training)
     owner._defined_order = parameter_names(owner)  # type: ignore[assignment]
-    owner.register_forward_pre_hook(lambda *_: carrier.hold(True))
-    owner.register_forward_hook(lambda *_: carrier.hold(False), always_call=True)
+    carrier.handles = [
+        owner.register_forward_pre_hook(carrier.begin),
+        owner.register_forward_hook(carrier.end, always_call=True),
+    ]
     trained = parameter.requires_grad
     parametrize.register_parametrization(owner, name, carrier, unsafe=True)
     owner.parametrizations[name].original.requires_grad_(trained)  # type: ignore[index, union-attr]
@@ -206,7 +232,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             model.set_submodule(path, carrier.base)
         else:
             owner, parameter = _owner(model, path)
+            for handle in carrier.handles:
+                handle.remove()
             parametrize.remove_parametrizations(owner, parameter, leave_parametrized=False)
+            if not parametrize.is_parametrized(owner):
+                del owner._defined_order
 
 
 def refuse_unknown(model: nn.Module, names: Sequence[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +16,10 @@ from lorafold.adapters.adapted import (
     Adapter,
     adapt_parameter,
     carriers,
+    parameter_names,
+    plain_modules,
     plain_parameter,
+    set_active,
     stored_transposed,
 )
 from lorafold.adapters.group import GroupAdapter
@@ -23,11 +28,18 @@ from lorafold.adapters.lora import LoRA, VeRA
 from lorafold.adapters.parameters import ParameterDelta, ParameterLoRA
 from lorafold.adapters.sites import ConvSite, EmbeddingSite, LinearSite, site_of
 from lorafold.adapters.start import begin
-from lorafold.adapters.targets import ALL_LINEAR, adaptable, find_parameters, find_targets, linear_layers
+from lorafold.adapters.targets import (
+    ALL_LINEAR,
+    adaptable,
+    find_parameters,
+    find_targets,
+    linear_layers,
+    refuse_tied_parameters,
+)
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, bullet_list, nearest
 from lorafold.quant.codecs import CODECS
-from lorafold.quant.linear import QuantLinear
+from lorafold.quant.linear import QuantEmbedding, QuantLinear
 
 VERA_SEED = 0  # PEFT's projection_prng_key
 _MULTIHEAD = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
@@ -90,17 +102,23 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     plain = [path for path in targets if path not in attention]
     _refuse_misfits({path: layers[path] for path in plain}, parameters, spec)
     whole = _trained_whole(model, spec, plain)
+    check_name(model, name, (*targets, *parameters, *whole))
+    if spec.init_lora_weights == "eva":
+        raise AdapterError(
+            "init_lora_weights eva begins with what layers see of your rows: lorafold train, or eva.inject_for"
+        )
     made: dict[str, nn.Module] = {}
     shared = _vera_matrices([layers[path] for path in plain], spec)
     for path in plain:
         made[path] = make_adapter(layers[path], spec.for_layer(path), shared)
-        attach(model, path, made[path], name)  # type: ignore[arg-type]
     for path in parameters:
         made[path] = make_parameter_adapter(model, path, spec.for_layer(path))
     for path in whole:
         made[path] = make_parameter_adapter(model, path, None)
-    for path in (*parameters, *whole):
-        attach_parameter(model, path, made[path], name)  # type: ignore[arg-type]
+    for path, adapter in made.items():
+        put = attach if path in plain else attach_parameter
+        put(model, path, adapter, name)  # type: ignore[arg-type]
+    set_active(model, name)
     result.modules = [*plain, *parameters, *whole]
     result.trainable = sum(p.numel() for adapter in made.values() for p in adapter.parameters())
     return result
@@ -144,25 +162,46 @@ def _trained_whole(model: nn.Module, spec: AdapterSpec, targets: list[str]) -> l
     Raises:
         AdapterError: a name matches nothing, or a packed matrix.
     """
-    chosen, faults = [], []
-    modules = {n.replace(".base", ""): m for n, m in model.named_modules() if ".adapters" not in n}
+    chosen: list[str] = []
+    faults = []
+    modules = plain_modules(model)
     for wanted in spec.modules_to_save:
         hits = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]
         if not hits:
             faults.append(f"modules_to_save: {wanted!r} matches no module{nearest(wanted, list(modules))}")
         for path in hits:
-            if any(isinstance(m, QuantLinear) for m in modules[path].modules()):
-                faults.append(
-                    f"modules_to_save: {path} is packed, and steps of a code are too coarse to train; adapt it instead"
-                )
-            chosen += [f"{path}.{n}" for n, _ in modules[path].named_parameters()]
+            inside = {n: m for n, m in modules.items() if n == path or n.startswith(f"{path}.")}
+            own = [f"{n}.{parameter}" for n, m in inside.items() for parameter in parameter_names(m)]
+            chosen += own
+            if any(isinstance(m, QuantLinear | QuantEmbedding) for m in inside.values()):
+                faults.append(f"modules_to_save: {path} is packed, and codes are too coarse to train; adapt it instead")
+            elif any(m._buffers.keys() - m._non_persistent_buffers_set for m in inside.values()):
+                faults.append(f"modules_to_save: {path} has buffers, such as running means, that no adapter file holds")
+            elif not own:
+                faults.append(f"modules_to_save: {path} has no parameters to train")
     if spec.bias != "none":
         for path, module in modules.items():
-            if getattr(module, "bias", None) is not None and (spec.bias == "all" or path in targets):
+            if isinstance(getattr(module, "bias", None), Tensor) and (spec.bias == "all" or path in targets):
                 chosen.append(f"{path}.bias".removeprefix("."))
     if faults:
         raise AdapterError(bullet_list(faults))
+    refuse_tied_parameters(model, chosen)
     return list(dict.fromkeys(chosen))
+
+
+def check_name(model: nn.Module, name: str, paths: Iterable[str] = ()) -> None:
+    """Refuse a name for an adapter that no module can have, or that is taken at one of its places.
+
+    Raises:
+        AdapterError: saying which.
+    """
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
+        raise AdapterError(f"an adapter cannot be named {name!r}; use letters, digits, _ and -")
+    if "" in paths:
+        raise AdapterError("the module itself is the layer to adapt; put it into another one, such as nn.Sequential")
+    held = dict(carriers(model))
+    if any(path in held and name in held[path].adapters for path in paths):
+        raise AdapterError(f"the model already carries an adapter named {name!r}")
 
 
 def attach(model: nn.Module, path: str, adapter: Adapter, name: str = "default") -> None:
@@ -176,7 +215,7 @@ def attach(model: nn.Module, path: str, adapter: Adapter, name: str = "default")
         module = AdaptedLayer(module)
         model.set_submodule(path, module)
     _refuse_second(module, name)
-    module.adapters[name] = adapter.to(_device(module.base))
+    module.adapters[name] = adapter.to(_device(module.base)).train(module.training)
     module.active = (name,)
 
 
@@ -190,7 +229,7 @@ def attach_parameter(
     """
     carrier = adapt_parameter(model, path)
     _refuse_second(carrier, name)
-    carrier.adapters[name] = adapter.to(carrier.device)
+    carrier.adapters[name] = adapter.to(carrier.device).train(carrier.training)
     carrier.active = (name,)
 
 

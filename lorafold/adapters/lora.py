@@ -11,7 +11,7 @@ DoRA (arXiv 2402.09353) each output's weight has a learned length m and the dire
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,12 @@ class _LoRALinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = multiply(dy, ctx.weight(), False).addmm_(d_hidden, a.to(dy.dtype)).view_as(x)
         return dx, d_a.float(), d_b, None, None
+
+
+def _computes_plainly(base: nn.Module) -> TypeGuard[nn.Linear | QuantLinear]:
+    """Whether a layer does nothing but W x + b, and nobody watches it."""
+    plain = isinstance(base, QuantLinear) or type(base).forward is nn.Linear.forward
+    return plain and not (base._forward_hooks or base._forward_pre_hooks)
 
 
 class LoRA(nn.Module):
@@ -98,8 +104,8 @@ class LoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The adapted layer's output for its input x, in the base's output type."""
         base = self.site.base
-        plain = isinstance(base, nn.Linear | QuantLinear) and not (self.training and self.dropout)
-        weight = frozen_weight(base, x.dtype) if plain else None
+        fused = _computes_plainly(base) and not (self.training and self.dropout)
+        weight = frozen_weight(base, x.dtype) if fused and not torch.is_autocast_enabled(x.device.type) else None
         if weight is None:
             y = base(x)
             return y + self.extra(x, y)
@@ -112,20 +118,20 @@ class LoRA(nn.Module):
         """What the adapter adds to the base's output y for the input x."""
         dropping = self.training and self.dropout > 0
         seen = F.dropout(x, self.dropout, True) if dropping else x
+        added = self._branch(seen, self.factors(), y.dtype)
+        lost = 0.0  # what the start takes from the base sees all of x, as PEFT's base does, which has lost it for good
         if dropping and self.start_A is not None and self.start_B is not None:
-            added = self._branch(seen, self.learned(), y.dtype)  # what the start took from the base sees all of x
-            added = added - self._branch(x, (self.start_A, self.start_B), y.dtype)
-        else:
-            added = self._branch(seen, self.factors(), y.dtype)
+            start = self.start_A, self.start_B
+            lost = self._branch(x, start, y.dtype) - self._branch(seen, start, y.dtype)
         if not self.dora:
-            return added
+            return added - lost
         shape = [1] * y.dim()
         shape[self.site.channel] = -1
         length = (self.lora_magnitude_vector / self.norm()).to(y.dtype).view(shape)
         plain, bias = self.site.base(seen) if dropping else y, getattr(self.site.base, "bias", None)
         if bias is not None:
             plain = plain - bias.to(y.dtype).view(shape)
-        return (length - 1) * plain + length * added
+        return (length - 1) * plain + length * added - lost
 
     def _branch(self, x: Tensor, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         return self.scaling * self.site.branch(x, factors[0].to(dtype), factors[1].to(dtype))

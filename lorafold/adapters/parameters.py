@@ -7,6 +7,8 @@ They are read by code that never calls a layer, so the update is added to the pa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ class AdaptedParameter(nn.Module):
         self.device = device
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.handles: list[Any] = []  # of the hooks below
         self._holding = False
         self._held: list[Tensor] = []
 
@@ -37,9 +40,13 @@ class AdaptedParameter(nn.Module):
         self._held = [weight] if self._holding else []
         return weight
 
-    def hold(self, holding: bool) -> None:
-        """While the parameter's module computes, which may ask for it once for each expert, it is made once."""
-        self._holding, self._held = holding, []
+    def begin(self, *_: Any) -> None:
+        """Before the parameter's module computes, which may ask for it once for each expert: it is made once."""
+        self._holding, self._held = True, []
+
+    def end(self, *_: Any) -> None:
+        """After the module has computed."""
+        self._holding, self._held = False, []
 
 
 class ParameterLoRA(nn.Module):

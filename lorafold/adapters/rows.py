@@ -29,7 +29,7 @@ class _Rows:
 
     def __init__(self, count: int, lengths: Sequence[int] | None):
         self.lengths = None if lengths is None or len(set(lengths)) == 1 else lengths
-        self.count, self.packed = count, lengths is not None
+        self.count, self.packed, self.total = count, lengths is not None, sum(lengths or [])
         if self.lengths:
             starts = torch.tensor(self.lengths).cumsum(0) - torch.tensor(self.lengths)
             longest = max(self.lengths)
@@ -37,7 +37,15 @@ class _Rows:
             self.own = torch.cat([i * longest + torch.arange(n) for i, n in enumerate(self.lengths)])
 
     def apart(self, x: Tensor) -> Tensor:
-        """The rows [count, longest, N]; what stands after the end of a shorter one means nothing."""
+        """The rows [count, longest, N]; what stands after the end of a shorter one means nothing.
+
+        Raises:
+            AdapterError: there are not as many rows as adapters were named.
+        """
+        there = x.shape[1] if self.packed else len(x)
+        if there != self.total if self.packed else there != self.count:
+            what = f"{self.total} tokens" if self.packed else f"{self.count} rows"
+            raise AdapterError(f"adapters were named for {what}, and a layer is given {there}")
         if self.lengths:
             return x[0].index_select(0, self.padded).unflatten(0, (self.count, -1))
         return x[0].unflatten(0, (self.count, -1)) if self.packed else x
@@ -88,8 +96,8 @@ class _RowAdapters:
             return y + self.rows.together(added, y)
         seen = self.rows.apart(x.unflatten(-1, (-1, self.group)).sum(-1) if self.group > 1 else x)
         seen = seen.reshape(len(seen), -1, seen.shape[-1])
-        hidden = seen if self.a is None else seen @ self.a.mT
-        return y + self.rows.together(hidden @ self.b.mT, y)
+        hidden = seen if self.a is None else seen @ self.a.to(x.dtype).mT
+        return y + self.rows.together(hidden @ self.b.to(x.dtype).mT, y)
 
 
 def _stacked(factors: list[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -129,14 +137,17 @@ def adapters_by_row(
     held = [c for _, c in carriers(model) if isinstance(c, AdaptedParameter) and set(c.adapters) & set(rows)]
     if held:
         raise AdapterError("adapters of parameters (experts, nn.MultiheadAttention) cannot differ from row to row")
+    found = [carrier for _, carrier in carriers(model)]
     layers = [layer for _, layer in adapted_layers(model) if set(layer.adapters) & set(rows)]
-    before, place = [layer.active for _, layer in adapted_layers(model)], _Rows(len(rows), lengths)
+    before, place = [carrier.active for carrier in found], _Rows(len(rows), lengths)
     try:
-        for _, layer in adapted_layers(model):
-            layer.active = ()
+        for carrier in found:
+            carrier.active = ()
         for layer in layers:
             layer.by_row = _RowAdapters(layer, rows, place, dtype)
         yield
     finally:
-        for (_, layer), active in zip(adapted_layers(model), before, strict=True):
-            layer.active, layer.by_row = active, None
+        for carrier, active in zip(found, before, strict=True):
+            carrier.active = active
+        for layer in layers:
+            layer.by_row = None

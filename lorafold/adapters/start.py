@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorafold.adapters.lora import LoRA
 from lorafold.adapters.sites import ConvSite
+from lorafold.errors import AdapterError
 
 
 @torch.no_grad()
@@ -27,6 +28,7 @@ def begin(adapter: LoRA, how: str) -> None:
 
     Raises:
         ValueError: that way is not known for this kind of layer.
+        AdapterError: the rank is larger than the weight has directions.
     """
     a, b = adapter.learned()
     if not adapter.site.linear and how in ("kaiming", "eva", "gaussian"):
@@ -44,6 +46,10 @@ def begin(adapter: LoRA, how: str) -> None:
         _orthogonal(a, b)
     else:
         weight = adapter.site.matrix()
+        if a.shape[0] > min(weight.shape):
+            raise AdapterError(
+                f"init_lora_weights {how} takes r = {a.shape[0]} directions of a {list(weight.shape)} weight"
+            )
         start_a, start_b = _olora(weight, a.shape[0]) if how == "olora" else _pissa(weight, a.shape[0], how)
         if how != "olora":
             start_a, start_b = start_a / math.sqrt(adapter.scaling), start_b / math.sqrt(adapter.scaling)

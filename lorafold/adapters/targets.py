@@ -6,10 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafold.adapters.adapted import AdaptedLayer
+from lorafold.adapters.adapted import parameter_names, plain_modules, plain_parameter
 from lorafold.adapters.sites import SITES
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, bullet_list, nearest
@@ -22,7 +22,7 @@ _LINEAR = (nn.Linear, QuantLinear, Conv1D, nn.MultiheadAttention)
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear | QuantLinear]:
     """All linear layers by name; an adapted layer appears as its base under its own name."""
-    return {name: m for name, m in _layers(model).items() if isinstance(m, nn.Linear | QuantLinear)}
+    return {name: m for name, m in plain_modules(model).items() if isinstance(m, nn.Linear | QuantLinear)}
 
 
 def adaptable(model: nn.Module, method: str = "lora") -> dict[str, nn.Module]:
@@ -30,19 +30,9 @@ def adaptable(model: nn.Module, method: str = "lora") -> dict[str, nn.Module]:
     if method == "qa-lora":
         return dict(linear_layers(model))
     kinds = (*SITES, nn.MultiheadAttention)
-    found = {name: module for name, module in _layers(model).items() if isinstance(module, kinds)}
+    found = {name: module for name, module in plain_modules(model).items() if isinstance(module, kinds)}
     attention = [f"{name}." for name, module in found.items() if isinstance(module, nn.MultiheadAttention)]
     return {name: m for name, m in found.items() if not name.startswith(tuple(attention))}
-
-
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    layers: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLayer):
-            layers[name] = module.base
-        elif not name.endswith(".base"):
-            layers[name] = module
-    return layers
 
 
 def find_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -102,7 +92,7 @@ def _in_blocks(names: list[str], numbers: tuple[int, ...]) -> list[str]:
     """The layers of blocks with these numbers; all where none are given."""
     if not numbers:
         return names
-    of_block = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
+    of_block = {name: int(found[1]) for name in names if (found := re.match(r".*\.(\d+)\.", name))}
     missing = sorted(set(numbers) - set(of_block.values()))
     if missing:
         raise AdapterError(
@@ -133,8 +123,7 @@ def find_parameters(model: nn.Module, spec: AdapterSpec) -> list[str]:
     Raises:
         AdapterError: a name matches no parameter of two or three dimensions; those there are are listed.
     """
-    plain = {n.replace(".base.", "."): p for n, p in model.named_parameters() if ".adapters." not in n}
-    plain = {re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", name): p for name, p in plain.items()}
+    plain = own_parameters(model)
     found: set[str] = set()
     faults = []
     for target in spec.target_parameters:
@@ -146,4 +135,30 @@ def find_parameters(model: nn.Module, spec: AdapterSpec) -> list[str]:
         found |= set(hits)
     if faults:
         raise AdapterError("target_parameters:\n" + bullet_list(faults))
-    return [name for name in plain if name in found]
+    chosen = [name for name in plain if name in found]
+    refuse_tied_parameters(model, chosen)
+    return chosen
+
+
+def own_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters without their adapters, by the names they had before anything was adapted."""
+    names = [f"{path}.{n}".removeprefix(".") for path, m in plain_modules(model).items() for n in parameter_names(m)]
+    return {name: p for name in names if (p := plain_parameter(model, name)) is not None}
+
+
+def refuse_tied_parameters(model: nn.Module, names: list[str]) -> None:
+    """Refuse the weights that the embedding of a model gives to its head, or gets from there.
+
+    Raises:
+        AdapterError: one of the parameters is such.
+    """
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    shared = getattr(getattr(embedding, "base", embedding), "weight", None)
+    wrong = [n for n in names if shared is not None and plain_parameter(model, n) is shared]
+    if wrong:
+        raise AdapterError(
+            f"{wrong[0]} serves as embedding and as head in this model, so an update could not be written back; leave "
+            "it out"
+        )

@@ -47,7 +47,7 @@ METHODS = {
         ),
         1e-3,
     ),
-    "vera": MethodInfo("two vectors a layer, between shared random matrices", ("r", "lora_dropout", "d_initial"), 1e-2),
+    "vera": MethodInfo("two vectors a layer, between shared random matrices", ("r", "lora_dropout", "d_initial"), 5e-2),
 }
 DEFAULT_LEARNING_RATE = {name: info.learning_rate for name, info in METHODS.items()} | {"qa-lora full": 1e-3}
 

@@ -17,9 +17,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lorafold.adapters.adapted import plain_parameter
+from lorafold.adapters.adapted import plain_parameter, set_active
 from lorafold.adapters.group_bases import prepare_group_bases
-from lorafold.adapters.inject import Injection, attach, attach_parameter, make_adapter, make_parameter_adapter
+from lorafold.adapters.inject import (
+    Injection,
+    attach,
+    attach_parameter,
+    check_name,
+    make_adapter,
+    make_parameter_adapter,
+)
 from lorafold.adapters.targets import adaptable, linear_layers
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, ConfigError, bullet_list
@@ -138,6 +145,12 @@ def attach_tensors(
             grouped.setdefault(found[0], {})[found[1]] = value
     faults += [f"no tensors for the layer {path}" for path in absent_layers(model, config, grouped)]
     faults += [] if tensors else ["it holds no tensors"]
+    if spec.method == "vera" and (shared[0] is None or shared[1] is None):
+        faults.append("it lacks the random matrices (vera_A, vera_B): save it with save_projection")
+    if config.get("fan_in_fan_out"):
+        plain = [path for path in grouped if type(adaptable(model).get(path)).__name__ == "Linear"]
+        faults += [f"fan_in_fan_out is for GPT-2's Conv1D, and {plain[0]} is none"] if plain else []
+    check_name(model, name, grouped)
     built: dict[str, Any] = {}
     layers = adaptable(model, spec.method)
     for path, parts in grouped.items():
@@ -168,6 +181,7 @@ def attach_tensors(
     for path, adapter in built.items():
         put = attach if path in layers and "" not in grouped[path] else attach_parameter
         put(model, path, adapter.requires_grad_(False), name)
+    set_active(model, name)
     return result
 
 

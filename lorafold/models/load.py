@@ -164,6 +164,7 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "c
     alone = None if known else hidden_alone(loaded.model)
     for replace in (replace_norms, replace_gated, replace_attention):
         replace(loaded.model)
+    loaded.model.eval()
     loaded.model.set_attn_implementation(attention.NAME)
     if alone is not None:
         fault = rows_mix(loaded.model, alone)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.adapters.adapted import AdaptedLayer, carriers, parameter_names, plain_parameter
+from lorafold.adapters.adapted import AdaptedLayer, carriers, parameter_names, plain_modules, plain_parameter
 from lorafold.adapters.lora import LoRA, VeRA
 from lorafold.adapters.parameters import AdaptedParameter, ParameterDelta, ParameterLoRA
 from lorafold.adapters.sites import ConvSite
@@ -38,7 +38,6 @@ TASKS = {
 KINDS = {"LORA": "lora", "QA_LORA": "qa-lora", "VERA": "vera"}
 _UNSUPPORTED = {  # PEFT options that change what the tensors mean -> the value under which they change nothing
     "use_qalora": False,
-    "fan_in_fan_out": False,
     "lora_bias": False,
     "layer_replication": None,
     "alora_invocation_tokens": None,
@@ -159,8 +158,11 @@ def stored_config(model: nn.Module, spec: AdapterSpec, name: str) -> dict[str, A
 
 def _whole_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:
     """Whole names of what `modules_to_save` means: PEFT takes norm for the end of input_layernorm as well."""
-    names = [name for name, _ in model.named_modules() if ".parametrizations" not in name]
-    return [n for n in names if any(n == wanted or n.endswith(f".{wanted}") for wanted in spec.modules_to_save)]
+    return [
+        n
+        for n in plain_modules(model)
+        if any(n == wanted or n.endswith(f".{wanted}") for wanted in spec.modules_to_save)
+    ]
 
 
 def _ranks(spec: AdapterSpec, held: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -179,8 +181,8 @@ def _ranks(spec: AdapterSpec, held: Mapping[str, nn.Module]) -> dict[str, Any]:
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
-        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+        "rank_pattern": {f"^{re.escape(path)}": r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(path)}": a for path, a in alphas.items() if a != alpha},
     }
 
 
@@ -221,6 +223,10 @@ def malformed(config: Mapping[str, Any]) -> list[str]:
         names = isinstance(value, list) and all(isinstance(name, str) for name in value)
         if not (names or value is None or (isinstance(value, str) and _is_regex(value))):
             faults.append(f"{key} is {value!r}, neither a list of names nor a regular expression")
+    numbers = config.get("layers_to_transform")
+    numbers = numbers if isinstance(numbers, list) else [] if numbers is None else [numbers]
+    if not all(type(n) is int for n in numbers):
+        faults.append(f"layers_to_transform is {config['layers_to_transform']!r}, not numbers of blocks")
     for key in ("rank_pattern", "alpha_pattern"):
         value = config.get(key) or {}
         if not isinstance(value, dict) or not all(_is_regex(name) for name in value):
@@ -310,7 +316,7 @@ def absent_layers(model: nn.Module, config: Mapping[str, Any], present: Mapping[
     chosen = [chosen] if isinstance(chosen, int) else chosen
     absent = []
     for path in linear_layers(model):
-        number = re.search(r"\.(\d+)\.", path)
+        number = re.match(r".*\.(\d+)\.", path)  # the last one, as PEFT reads them
         transformed = chosen is None or (number is not None and int(number[1]) in chosen)
         excluded = _named(config.get("exclude_modules"), path)
         if transformed and not excluded and _named(config.get("target_modules"), path) and path not in present:

@@ -51,9 +51,10 @@ def inject_for(loaded: LoadedModel, spec: AdapterSpec, rows: Iterable[Tokens]) -
         exclude_modules=(),
         layers_to_transform=(),
         init_lora_weights="kaiming",
-        rank_pattern={re.escape(path): ranks[path] for path in kept},
+        rank_pattern={f"^{re.escape(path)}": ranks[path] for path in kept},
         alpha_pattern={
-            re.escape(path): scalings[path] * (ranks[path] ** 0.5 if spec.use_rslora else ranks[path]) for path in kept
+            f"^{re.escape(path)}": scalings[path] * (ranks[path] ** 0.5 if spec.use_rslora else ranks[path])
+            for path in kept
         },
     )
     result = inject(loaded.model, moved)

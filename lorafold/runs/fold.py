@@ -235,6 +235,11 @@ def _fold_bnb(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> F
     if to not in (None, *DENSE_TYPES, *BNB_TARGETS):
         raise FoldError(f"a bitsandbytes folder is written in {', '.join((*DENSE_TYPES, *BNB_TARGETS))}, not {to}")
     adapters = dict(adapted_layers(loaded.model))
+    odd = [path for path in adapters if path not in linear_layers(loaded.model)]
+    if odd:
+        raise FoldError(
+            f"only linear layers of a bitsandbytes folder are folded, and {odd[0]} is adapted as well; export"
+        )
     codec, dtype = BNB_TARGETS.get(to or ""), DENSE_TYPES.get(to or "") or loaded.bnb.dtype
     packed: dict[str, QuantizedWeight] = {}
     dense: dict[str, torch.Tensor] = {}
