@@ -20,12 +20,13 @@ from lorafold.adapters.adapted import (
 from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.group_bases import Promotions, prepare_group_bases, unsuitable
 from lorafold.adapters.lora import LoRA, VeRA
-from lorafold.adapters.parameters import ParameterDelta, ParameterLoRA
+from lorafold.adapters.parameters import ParameterDelta, ParameterLoRA, ParameterValue
 from lorafold.adapters.sites import ConvSite, EmbeddingSite, LinearSite, site_of
 from lorafold.adapters.start import begin
 from lorafold.adapters.targets import ALL_LINEAR, adaptable, find_parameters, find_targets, linear_layers
-from lorafold.config import AdapterSpec
-from lorafold.errors import AdapterError, bullet_list, nearest
+from lorafold.adapters.whole import whole_parameters
+from lorafold.config import METHODS, AdapterSpec
+from lorafold.errors import AdapterError, bullet_list
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantLinear
 
@@ -74,7 +75,8 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
         AdapterError: a target matches nothing, or has a format that the method cannot adapt.
     """
     layers = adaptable(model, spec.method)
-    targets = find_targets(model, spec) if spec.target_modules else []
+    adapted = not METHODS[spec.method].whole
+    targets = find_targets(model, spec) if adapted and spec.target_modules else []
     result = Injection(targets)
     if spec.method == "qa-lora":
         linear = linear_layers(model)
@@ -89,7 +91,7 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
         parameters += [f"{path}.{part}" for part in _MULTIHEAD if _parameter(layers[path], part) is not None]
     plain = [path for path in targets if path not in attention]
     _refuse_misfits({path: layers[path] for path in plain}, parameters, spec)
-    whole = _trained_whole(model, spec, plain)
+    whole = whole_parameters(model, spec, plain)
     made: dict[str, nn.Module] = {}
     shared = _vera_matrices([layers[path] for path in plain], spec)
     for path in plain:
@@ -98,7 +100,7 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     for path in parameters:
         made[path] = make_parameter_adapter(model, path, spec.for_layer(path))
     for path in whole:
-        made[path] = make_parameter_adapter(model, path, None)
+        made[path] = make_whole(model, path, spec)
     for path in (*parameters, *whole):
         attach_parameter(model, path, made[path], name)  # type: ignore[arg-type]
     result.modules = [*plain, *parameters, *whole]
@@ -138,33 +140,6 @@ def _refuse_misfits(layers: dict[str, nn.Module], parameters: list[str], spec: A
         raise AdapterError("these targets and options do not go together:\n" + bullet_list(faults[:12]))
 
 
-def _trained_whole(model: nn.Module, spec: AdapterSpec, targets: list[str]) -> list[str]:
-    """Names of the parameters that `modules_to_save` and `bias` mean.
-
-    Raises:
-        AdapterError: a name matches nothing, or a packed matrix.
-    """
-    chosen, faults = [], []
-    modules = {n.replace(".base", ""): m for n, m in model.named_modules() if ".adapters" not in n}
-    for wanted in spec.modules_to_save:
-        hits = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]
-        if not hits:
-            faults.append(f"modules_to_save: {wanted!r} matches no module{nearest(wanted, list(modules))}")
-        for path in hits:
-            if any(isinstance(m, QuantLinear) for m in modules[path].modules()):
-                faults.append(
-                    f"modules_to_save: {path} is packed, and steps of a code are too coarse to train; adapt it instead"
-                )
-            chosen += [f"{path}.{n}" for n, _ in modules[path].named_parameters()]
-    if spec.bias != "none":
-        for path, module in modules.items():
-            if getattr(module, "bias", None) is not None and (spec.bias == "all" or path in targets):
-                chosen.append(f"{path}.bias".removeprefix("."))
-    if faults:
-        raise AdapterError(bullet_list(faults))
-    return list(dict.fromkeys(chosen))
-
-
 def attach(model: nn.Module, path: str, adapter: Adapter, name: str = "default") -> None:
     """Put one adapter on the layer at `path` and make it the active one there.
 
@@ -181,27 +156,32 @@ def attach(model: nn.Module, path: str, adapter: Adapter, name: str = "default")
 
 
 def attach_parameter(
-    model: nn.Module, path: str, adapter: ParameterLoRA | ParameterDelta, name: str = "default"
+    model: nn.Module, path: str, adapter: ParameterLoRA | ParameterDelta | ParameterValue, name: str = "default"
 ) -> None:
     """Put one adapter on a parameter and make it the active one there.
 
     Raises:
         AdapterError: the parameter already carries an adapter of this name.
     """
-    carrier = adapt_parameter(model, path)
+    carrier = adapt_parameter(model, path, tied=isinstance(adapter, ParameterValue))
     _refuse_second(carrier, name)
     carrier.adapters[name] = adapter.to(carrier.device)
     carrier.active = (name,)
 
 
-def make_parameter_adapter(model: nn.Module, path: str, spec: AdapterSpec | None) -> ParameterLoRA | ParameterDelta:
-    """An adapter for one parameter: LoRA as the spec says, or without one an update of its own shape."""
+def make_parameter_adapter(model: nn.Module, path: str, spec: AdapterSpec) -> ParameterLoRA:
+    """LoRA for one parameter."""
     parameter = plain_parameter(model, path)
     assert parameter is not None
-    if spec is None:
-        return ParameterDelta(parameter.shape)
     assert isinstance(spec.r, int)
     return ParameterLoRA(parameter.shape, stored_transposed(model, path), spec.r, spec.scaling)
+
+
+def make_whole(model: nn.Module, path: str, spec: AdapterSpec) -> ParameterDelta | ParameterValue:
+    """What trains one parameter whole: beside adapters an update, in a method without them a new value."""
+    parameter = plain_parameter(model, path)
+    assert parameter is not None
+    return ParameterValue(parameter) if METHODS[spec.method].whole else ParameterDelta(parameter.shape)
 
 
 def _refuse_second(carrier: nn.Module, name: str) -> None:

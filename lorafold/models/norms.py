@@ -42,7 +42,7 @@ class _RMSNormFunction(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """RMS normalization over the last dimension with a frozen weight [width] (arXiv 1910.07467)."""
+    """RMS normalization over the last dimension with a weight [width] (arXiv 1910.07467), frozen or trained."""
 
     def __init__(self, weight: nn.Parameter, eps: float):
         super().__init__()
@@ -51,8 +51,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """weight * x / rms(x), of the shape and type of x."""
-        assert not self.weight.requires_grad
-        out: Tensor = _RMSNormFunction.apply(x, self.weight, self.variance_epsilon)  # type: ignore[assignment]
+        weight = self.weight
+        if weight.requires_grad:
+            wide = x.float()
+            return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)).to(
+                x.dtype
+            )
+        out: Tensor = _RMSNormFunction.apply(x, weight, self.variance_epsilon)  # type: ignore[assignment]
         return out
 
 

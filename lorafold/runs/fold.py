@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lorafold.adapters.adapted import adapted_layers
+from lorafold.adapters.adapt import unload
+from lorafold.adapters.adapted import AdaptedParameter, adapted_layers, carriers, plain_parameter
 from lorafold.adapters.fold import (
     LEAST_KEPT,
     LayerFold,
@@ -26,6 +27,7 @@ from lorafold.errors import FoldError, bullet_list
 from lorafold.files import replacing_folder, size_on_disk
 from lorafold.models.adapter_files import load_adapter
 from lorafold.models.bnb_folder import create_bnb
+from lorafold.models.classifier import adapter_labels, load_classifier, save_classifier, stored_type
 from lorafold.models.gguf_file import DENSE
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import LoadedModel, load
@@ -77,12 +79,14 @@ class FoldReport:
 
 
 def load_trained(run: Run, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
-    """The base model with the run's adapter active.
+    """The base model with the run's adapter active; of a classification run with the head it trained.
 
     Raises:
         FormatError, AdapterError: the base is gone, or its weights are not those of the run.
     """
-    loaded = load(run.config.model, dtype, device)
+    labels = adapter_labels(run.adapter)
+    model = run.config.model
+    loaded = load(model, dtype, device) if labels is None else load_classifier(model, labels, dtype, device)
     load_adapter(loaded, run.adapter)
     return loaded
 
@@ -102,6 +106,13 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
     loaded = load_trained(run)
     if path.resolve() == loaded.path.resolve():
         raise FoldError(f"{path} is the base of this run, without which it cannot be used again; choose another output")
+    if labels := adapter_labels(run.adapter):
+        return _fold_classifier(loaded, labels, path, to, lossy)
+    whole = [name for name, carrier in carriers(loaded.model) if isinstance(carrier, AdaptedParameter)]
+    if whole and (loaded.gguf or loaded.mlx or loaded.bnb):
+        raise FoldError(
+            f"{whole[0]} was trained whole, which this format has no place for yet; use the adapter as it is"
+        )
     if loaded.mlx is not None:
         return _fold_mlx(loaded, loaded.mlx, path, to, lossy)
     if loaded.bnb is not None:
@@ -282,12 +293,25 @@ def _dense_report(kept: list[float], size: int) -> FoldReport:
     return FoldReport(kind, len(kept), min(kept), sum(kept) / len(kept), float("nan"), size, 0)
 
 
+def _merged(loaded: LoadedModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Name of each parameter that training changed -> its float32 value before and after."""
+    found = {}
+    for path, carrier in carriers(loaded.model):
+        if isinstance(carrier, AdaptedParameter):
+            before = plain_parameter(loaded.model, path)
+            assert before is not None
+            found[path] = before.float(), carrier(before).float()
+        else:
+            found[f"{path}.weight"] = base_weight(carrier.base), merged_weight(carrier)
+    return found
+
+
 @torch.no_grad()
 def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> FoldReport:
-    """Merge a LoRA run into a copy of a transformers folder, each weight in the type it had."""
+    """Merge a run into a copy of a transformers folder, each weight in the type it had."""
     if to not in (None, *DENSE_TYPES):
         raise FoldError(f"a transformers folder is written in {', '.join(DENSE_TYPES)}, not {to}")
-    layers = {f"{name}.weight": layer for name, layer in adapted_layers(loaded.model)}
+    changed = _merged(loaded)
     kept: list[float] = []
     with replacing_folder(path) as temporary:
         for source in sorted(loaded.path.iterdir()):
@@ -297,15 +321,26 @@ def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -
             with safe_open(source, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 header = file.metadata()
-            for key in tensors.keys() & layers.keys():
-                layer = layers.pop(key)
-                wanted = merged_weight(layer)
+            for key in tensors.keys() & changed.keys():
+                before, wanted = changed.pop(key)
                 tensors[key] = wanted.to(DENSE_TYPES[to] if to else tensors[key].dtype)
-                before = base_weight(layer.base)
                 kept.append(kept_fraction(tensors[key].float() - before, wanted - before))
             save_tensors(temporary / source.name, tensors, header)
-        if layers:
-            raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(layers)[:5]))
+        if changed:
+            raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(changed)[:5]))
         report = _dense_report(kept, size_on_disk(loaded.path))
         _refuse_loss(report, lossy)
+    return _sized(report, path)
+
+
+@torch.no_grad()
+def _fold_classifier(loaded: LoadedModel, labels: list[str], path: Path, to: str | None, lossy: bool) -> FoldReport:
+    """Write a classifier with what it learned as a folder that transformers loads, in the base's type."""
+    if to not in (None, *DENSE_TYPES):
+        raise FoldError(f"a transformers folder is written in {', '.join(DENSE_TYPES)}, not {to}")
+    dtype = DENSE_TYPES[to] if to else stored_type(loaded.path)
+    kept = [kept_fraction(new.to(dtype).float() - old, new - old) for old, new in _merged(loaded).values()]
+    report = _dense_report(kept, size_on_disk(loaded.path))
+    _refuse_loss(report, lossy)
+    save_classifier(unload(loaded.model, merge=True), loaded, labels, dtype, path)
     return _sized(report, path)
