@@ -77,6 +77,8 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     layers = adaptable(model, spec.method)
     adapted = not METHODS[spec.method].whole
     targets = find_targets(model, spec) if adapted and spec.target_modules else []
+    whole = whole_parameters(model, spec, targets)
+    targets = _not_whole(targets, whole, spec)
     result = Injection(targets)
     if spec.method == "qa-lora":
         linear = linear_layers(model)
@@ -91,7 +93,6 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
         parameters += [f"{path}.{part}" for part in _MULTIHEAD if _parameter(layers[path], part) is not None]
     plain = [path for path in targets if path not in attention]
     _refuse_misfits({path: layers[path] for path in plain}, parameters, spec)
-    whole = whole_parameters(model, spec, plain)
     made: dict[str, nn.Module] = {}
     shared = _vera_matrices([layers[path] for path in plain], spec)
     for path in plain:
@@ -106,6 +107,14 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     result.modules = [*plain, *parameters, *whole]
     result.trainable = sum(p.numel() for adapter in made.values() for p in adapter.parameters())
     return result
+
+
+def _not_whole(targets: list[str], whole: list[str], spec: AdapterSpec) -> list[str]:
+    """Targets but for layers whose weight is trained whole, which `all-linear` leaves out and names may not mean."""
+    both = [path for path in targets if f"{path}.weight" in whole]
+    if both and ALL_LINEAR not in spec.target_modules:
+        raise AdapterError(f"{both[0]} is among target_modules and is trained whole as well; name it in one of the two")
+    return [path for path in targets if path not in both]
 
 
 def _parameter(module: nn.Module, dotted: str) -> Tensor | None:

@@ -80,7 +80,8 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
 
 
 def _refuse_tied(model: nn.Module, layers: dict[str, nn.Module], chosen: Iterable[str]) -> None:
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # a classifier has none, whatever it inherits
+    if head is None or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return
     tied = [n for n in chosen if n in HEADS]
     if tied:

@@ -21,7 +21,8 @@ def whole_parameters(model: nn.Module, spec: AdapterSpec, targets: list[str]) ->
         targets: names of the adapted layers, whose biases `lora_only` means.
 
     Raises:
-        AdapterError: a name matches nothing, a matrix is packed, or the model has no such part.
+        AdapterError: a name matches nothing, a matrix is packed, the model has no such part, or its head has the
+            weights of the embedding.
     """
     of_method = {
         "full": lambda: [""],
@@ -38,6 +39,11 @@ def whole_parameters(model: nn.Module, spec: AdapterSpec, targets: list[str]) ->
     if packed:
         others = f", and so are {len(packed) - 1} others" if packed[1:] else ""
         raise AdapterError(f"{packed[0]} is packed{others}: steps of a code are too coarse to train{_way_out(spec)}")
+    if spec.method == "head" and _tied(model):
+        raise AdapterError(
+            f"{chosen[0]} has the embedding's weights in this model, so it cannot be trained alone; use --method "
+            "last-layers, which leaves it out, or full"
+        )
     names = [name for name, _ in model.named_parameters() if ".adapters." not in name]
     plain = [re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", n.replace(".base.", ".")) for n in names]
     found = [name for name in plain if any(_within(name, owner) for owner in chosen)]
@@ -83,17 +89,12 @@ def head(model: nn.Module) -> list[str]:
     """Names of the modules with parameters that transformers puts on a base model.
 
     Raises:
-        AdapterError: there are none, or the head's weights are the embedding's.
+        AdapterError: there are none.
     """
     base = getattr(model, "base_model_prefix", None)
     found = [n for n, m in model.named_children() if n != base and any(True for _ in (*m.parameters(), *m.buffers()))]
     if not isinstance(base, str) or not found:
         raise AdapterError("this model has no head that could be told from its base; name parts in modules_to_save")
-    if _tied(model):
-        raise AdapterError(
-            f"{found[0]} has the embedding's weights in this model, so it cannot be trained alone; use --method "
-            "last-layers, which leaves it out, or full"
-        )
     return found
 
 

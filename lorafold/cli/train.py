@@ -29,6 +29,7 @@ def train(
         output_dir: run folder to write; it must not exist, or be empty.
         config: YAML file with any of these options; the command line wins.
     """
+    from lorafold.models.classifier import is_quantized
     from lorafold.runs.classify import classify
     from lorafold.runs.display import Display, output
     from lorafold.runs.start import start
@@ -43,7 +44,9 @@ def train(
         f"held-out loss {s['eval_loss_before']:.4f} -> {s['eval_loss_after']:.4f}, "
         f"{s['samples_per_second']:.2f} samples/s, peak memory {s['peak_memory_bytes'] / 1e9:.2f} GB"
     )
-    if run.config.adapter.method == "qa-lora":
+    if task.classifies and is_quantized(run.config.model):
+        output(f"next: lorafold eval {model} --adapter {run.path} --task classification --data MORE_ROWS")
+    elif run.config.adapter.method == "qa-lora":
         output(f"next: lorafold fold {run.path} -o tuned.gguf")
     elif METHODS[run.config.adapter.method].whole or task.classifies:
         output(f"next: lorafold fold {run.path} -o tuned")

@@ -35,7 +35,9 @@ class MethodInfo:
 
 _LOW_RANK = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 METHODS = {
-    "qa-lora": MethodInfo("offsets of a group-quantized base", (*_LOW_RANK, "adapt", "k_quants"), 4e-3),
+    "qa-lora": MethodInfo(
+        "offsets of a group-quantized base", (*_LOW_RANK, "adapt", "k_quants", "modules_to_save"), 4e-3
+    ),
     "lora": MethodInfo(
         "a low-rank update of any layer's weight",
         (

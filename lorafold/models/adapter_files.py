@@ -184,7 +184,8 @@ def attach_tensors(
         raise AdapterError(bullet_list(faults[:12] + ([f"and {len(faults) - 12} more"] if len(faults) > 12 else [])))
     result = Injection(list(built), trainable=sum(t.numel() for t in tensors.values()))
     if spec.method == "qa-lora":
-        result.promoted = prepare_group_bases(linear_layers(model), list(built), spec)
+        packed = [path for path in built if "" not in grouped[path]]
+        result.promoted = prepare_group_bases(linear_layers(model), packed, spec)
     for path, adapter in built.items():
         put = attach if path in layers and "" not in grouped[path] else attach_parameter
         put(model, path, adapter.requires_grad_(False), name)

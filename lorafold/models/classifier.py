@@ -1,4 +1,6 @@
-"""Models that give a text one of several labels: transformers' own, from a folder, with a new head if need be.
+"""Models that give a text one of several labels: transformers' own, with a new head if need be.
+
+A folder is loaded as it is. A quantized language model stays packed, and a head is put on it.
 
 The head computes in float32 whatever the rest computes in: it is small, and it is trained from nothing. Dropout of
 attention weights is not computed, as nowhere here: with it torch has no fused attention, and steps take twice as long.
@@ -10,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,8 @@ from lorafold.errors import AdapterError, FormatError
 from lorafold.files import replacing_folder
 from lorafold.models.adapter_files import WEIGHTS
 from lorafold.models.bnb_folder import is_bnb
-from lorafold.models.layout import BAD_CONFIG
-from lorafold.models.load import LoadedModel, resolve
+from lorafold.models.layout import BAD_CONFIG, empty_parameters
+from lorafold.models.load import LoadedModel, load, resolve
 from lorafold.models.mlx_folder import is_mlx
 from lorafold.models.tensors import NUMBERS, SafetensorsFolder
 
@@ -34,11 +37,13 @@ _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn
 
 
 def known_labels(model: str | Path) -> list[str] | None:
-    """The labels of a folder that holds a trained classifier; None for other folders.
+    """The labels of a folder that holds a trained classifier; None for other models.
 
     Raises:
-        FormatError: it is no folder in transformers format.
+        FormatError: there is no model in any known format.
     """
+    if is_quantized(model):
+        return None
     config = _config(_folder(model))
     classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     return [config.id2label[i] for i in sorted(config.id2label)] if classifies else None
@@ -50,12 +55,14 @@ def load_classifier(
     """A model with a head for these labels, frozen and in evaluation mode; a new head is drawn from torch's generator.
 
     Args:
-        model: a transformers folder or hub id, with or without a trained head.
+        model: as for `load`; a transformers folder may have a trained head.
         labels: in the order of the head's outputs.
 
     Raises:
-        FormatError: the model is missing, damaged, quantized or of an architecture without such a head.
+        FormatError: the model is missing, damaged or of an architecture without such a head.
     """
+    if is_quantized(model):
+        return _on_packed(load(model, dtype, device), labels)
     path = _folder(model)
     config = _config(path)
     config.id2label = dict(enumerate(labels))  # num_labels follows
@@ -83,6 +90,30 @@ def load_classifier(
         in_float32(made.get_submodule(name))
     nn.Module.to(made, device)
     return LoadedModel(made, tokenizer, path, dtype)
+
+
+def is_quantized(model: str | Path) -> bool:
+    """Whether the weights of a model are packed."""
+    path = resolve(model)
+    return not path.is_dir() or is_mlx(path) or is_bnb(path)
+
+
+def _on_packed(loaded: LoadedModel, labels: Sequence[str]) -> LoadedModel:
+    """A packed language model with a new linear head in the place of its own."""
+    config = loaded.model.config
+    config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    try:
+        with empty_parameters():
+            made = AutoModelForSequenceClassification.from_config(config)
+    except (*BAD_CONFIG, KeyError) as error:
+        raise FormatError(f"{loaded.path}: transformers has no classifier of {config.model_type}: {error}") from error
+    setattr(made, made.base_model_prefix, loaded.model.base_model)
+    for name in head(made):
+        new = made.get_submodule(name).to_empty(device=loaded.device)
+        for parameter in new.parameters():
+            nn.init.normal_(parameter, std=getattr(config, "initializer_range", 0.02))
+        in_float32(new)
+    return replace(loaded, model=made.eval())
 
 
 def in_float32(module: nn.Module) -> None:
@@ -145,8 +176,6 @@ def save_classifier(model: Any, loaded: LoadedModel, labels: Sequence[str], dtyp
 
 def _folder(model: str | Path) -> Path:
     path = resolve(model)
-    if not path.is_dir() or is_mlx(path) or is_bnb(path):
-        raise FormatError(f"{path} is quantized, and classification needs a transformers folder that is not")
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
         raise FormatError(f"{path} is no model in transformers format: config.json and .safetensors files are needed")
     return path

@@ -27,6 +27,7 @@ from lorafold.files import replacing, replacing_folder
 from lorafold.models.adapter_files import CONFIG, MLX_WEIGHTS, save_adapter, write_adapter_folder
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.load import LoadedModel
+from lorafold.models.peft_format import stored_config, stored_names, stored_tensors
 from lorafold.models.tensors import save_tensors
 from lorafold.quant.linear import QuantLinear
 
@@ -83,7 +84,7 @@ def export_peft(loaded: LoadedModel, spec: AdapterSpec, folder: Path, name: str 
     first = next(iter(pairs))
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": stored_config(loaded.model, spec, name)["task_type"],
         "base_model_name_or_path": str(loaded.path),
         "r": ranks[first],
         "lora_alpha": alphas[first],
@@ -92,9 +93,12 @@ def export_peft(loaded: LoadedModel, spec: AdapterSpec, folder: Path, name: str 
         "lora_dropout": 0.0,
         "target_modules": sorted(pairs),
         "bias": "none",
+        "modules_to_save": list(spec.modules_to_save) or None,
         "inference_mode": True,
     }
-    tensors = {}
+    stored = stored_tensors(loaded.model, name)
+    whole = [key for own, key in stored_names(loaded.model, name).items() if own.endswith(".change")]
+    tensors = {key: stored[key] for key in whole}
     for path, (a, b, _) in pairs.items():
         tensors[f"base_model.model.{path}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{path}.lora_B.weight"] = b.contiguous()

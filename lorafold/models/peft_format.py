@@ -156,7 +156,8 @@ def stored_config(model: nn.Module, spec: AdapterSpec, name: str) -> dict[str, A
         "inference_mode": True,
     }
     if spec.method == "qa-lora":
-        return config | {"adapt": spec.adapt, "k_quants": spec.k_quants}
+        whole = {"modules_to_save": list(spec.modules_to_save) or None}
+        return config | {"adapt": spec.adapt, "k_quants": spec.k_quants} | whole
     if spec.method == "vera":
         wanted = {k: config[k] for k in ("peft_type", "task_type", "r", "target_modules", "bias", "inference_mode")}
         wanted |= {"vera_dropout": spec.lora_dropout, "d_initial": spec.d_initial, "save_projection": True}
@@ -274,7 +275,8 @@ def spec_of(config: Mapping[str, Any]) -> AdapterSpec:
         "alpha_pattern": config.get("alpha_pattern") or {},
     }
     if method == "qa-lora":
-        return AdapterSpec(**spec, adapt=config.get("adapt", "offset"), k_quants=config.get("k_quants", "promote"))
+        spec |= {"adapt": config.get("adapt", "offset"), "k_quants": config.get("k_quants", "promote")}
+        return AdapterSpec(**spec, modules_to_save=whole)
     return AdapterSpec(
         **spec,
         bias=config.get("bias", "none"),

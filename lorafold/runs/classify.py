@@ -14,7 +14,7 @@ from lorafold.data.labels import Labelled
 from lorafold.errors import ConfigError, TrainingError, bullet_list
 from lorafold.evals.classes import Scores
 from lorafold.models.adapter_files import save_adapter
-from lorafold.models.classifier import LABELS, known_labels, load_classifier, new_modules
+from lorafold.models.classifier import LABELS, is_quantized, known_labels, load_classifier, new_modules
 from lorafold.models.load import LoadedModel, compute_dtype
 from lorafold.runs.display import Display, training_note
 from lorafold.runs.folder import ADAPTER, Run, RunFolder, check_folder, read_run
@@ -70,7 +70,7 @@ def _refuse_meaningless(config: RunConfig) -> None:
         for group in (config.data, config.training)
         if hasattr(group, name) and getattr(group, name) != getattr(type(group), name)
     ]
-    if config.adapter.method == "qa-lora":
+    if config.adapter.method == "qa-lora" and not is_quantized(config.model):
         faults.append("qa-lora learns offsets of a quantized base; use --method lora, which takes this model as it is")
     if faults:
         raise ConfigError(faults[0] if len(faults) == 1 else "several options are wrong:\n" + bullet_list(faults))

@@ -106,13 +106,13 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
     loaded = load_trained(run)
     if path.resolve() == loaded.path.resolve():
         raise FoldError(f"{path} is the base of this run, without which it cannot be used again; choose another output")
-    if labels := adapter_labels(run.adapter):
-        return _fold_classifier(loaded, labels, path, to, lossy)
     whole = [name for name, carrier in carriers(loaded.model) if isinstance(carrier, AdaptedParameter)]
     if whole and (loaded.gguf or loaded.mlx or loaded.bnb):
         raise FoldError(
             f"{whole[0]} was trained whole, which this format has no place for yet; use the adapter as it is"
         )
+    if labels := adapter_labels(run.adapter):
+        return _fold_classifier(loaded, labels, path, to, lossy)
     if loaded.mlx is not None:
         return _fold_mlx(loaded, loaded.mlx, path, to, lossy)
     if loaded.bnb is not None:

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafold.adapters.adapted import parameters_once
+from lorafold.adapters.whole import head
 from lorafold.config import TrainingConfig
 from lorafold.data.labels import Labelled
+from lorafold.data.packs import pack
+from lorafold.data.tokens import Tokens
 from lorafold.errors import TrainingError
 from lorafold.evals.classes import Scores, scores
+from lorafold.evals.loss import WHOLE, hidden_states
 from lorafold.models.load import LoadedModel
 from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, epoch_batches, total_steps
 from lorafold.train.memory import keep_freed_memory
@@ -39,7 +43,9 @@ def batches(rows: Sequence[Labelled], max_tokens: int) -> Iterator[list[Labelled
 
 
 def logits_of_rows(loaded: LoadedModel, rows: Sequence[Labelled]) -> Tensor:
-    """Logits float32 [B, C] of rows, filled up on the right."""
+    """Logits float32 [B, C] of rows, filled up on the right; on a packed model they lie end to end."""
+    if loaded.gguf or loaded.mlx or loaded.bnb:
+        return _logits_end_to_end(loaded, rows)
     longest = -(-max(len(row.ids) for row in rows) // _WHOLE) * _WHOLE
     longest = min(longest, max(_positions(loaded), *(len(row.ids) for row in rows)))
     padding = loaded.tokenizer.pad_token_id
@@ -47,6 +53,14 @@ def logits_of_rows(loaded: LoadedModel, rows: Sequence[Labelled]) -> Tensor:
     lengths = torch.tensor([len(row.ids) for row in rows], device=loaded.device)
     mask = torch.arange(longest, device=loaded.device) < lengths[:, None]
     return loaded.model(input_ids=ids, attention_mask=mask.long()).logits.float()
+
+
+def _logits_end_to_end(loaded: LoadedModel, rows: Sequence[Labelled]) -> Tensor:
+    """The head on the hidden state of each row's last token, which stands before one that nothing sees."""
+    ended = [Tokens([*row.ids, 0], [False] * len(row.ids) + [True], row.row) for row in rows]
+    hidden = hidden_states(loaded, pack(ended, loaded.row_align, None, WHOLE).to(loaded.device))
+    (name,) = head(loaded.model)
+    return loaded.model.get_submodule(name)(hidden).float()
 
 
 def _positions(loaded: LoadedModel) -> int:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lorafold.adapters.adapt import adapt, unload, unmerged
+from lorafold.adapters.adapted import adapted_layers
 from lorafold.adapters.inject import inject
-from lorafold.adapters.whole import blocks
+from lorafold.adapters.whole import blocks, head
 from lorafold.config import AdapterSpec, TrainingConfig
 from lorafold.errors import AdapterError
 from lorafold.models.adapter_files import load_adapter, save_adapter
@@ -122,6 +123,28 @@ def test_a_tied_head_and_too_many_blocks_are_refused(tmp_path: Path) -> None:
         inject(nn.Sequential(nn.Linear(2, 2)), AdapterSpec("head"))
     with pytest.raises(AdapterError, match="no list of blocks"):
         inject(nn.Sequential(nn.Linear(2, 2)), AdapterSpec("last-layers"))
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "roberta"])
+def test_a_head_of_several_layers_is_trained_whole_and_not_adapted_as_well(kind: str) -> None:
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24} if kind == "distilbert" else {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, vocab_size=30, num_labels=3, **sizes)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    names = tuple(head(model))
+    adapt(model, AdapterSpec("lora", r=2, modules_to_save=names))
+    assert not [path for path, _ in adapted_layers(model) if path.startswith(names)]
+    ids = torch.arange(4, 14)[None]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+        logits = model(ids).logits
+        unload(model, merge=True)
+        torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=0)
+    with pytest.raises(AdapterError, match="trained whole as well"):
+        inject(model, AdapterSpec("lora", target_modules=(r".*classifier.*",), modules_to_save=names))
 
 
 def test_experts_are_no_blocks() -> None:

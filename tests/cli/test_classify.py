@@ -21,6 +21,7 @@ from lorafold.runs.fold import load_trained
 from lorafold.runs.folder import read_run
 from lorafold.train.classify import logits_of_rows
 from tests.practice import command, tiny_folder
+from tests.tiny import tiny_gguf, tiny_model
 from tests.tiny_classifier import labelled_rows, tiny_bert, write_rows
 
 peft = pytest.importorskip("peft")
@@ -230,13 +231,64 @@ def test_mistakes_are_named(case: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "out").exists()
 
 
-def test_quantized_bases_and_missing_heads_are_named(
+QUANTIZED = [("llama", "qa-lora"), ("llama", "lora"), ("qwen2", "qa-lora"), ("qwen3", "head"), ("gemma3", "lora")]
+
+
+@pytest.mark.parametrize(("architecture", "method"), QUANTIZED)
+def test_a_quantized_model_stays_packed(
+    architecture: str, method: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The head is trained on the packed model; logits are transformers' on the weights that the file decodes to."""
+    model = tiny_gguf(tmp_path, architecture, "Q4_1", tied=False)
+    options = ["--data", rows, "--method", method, "--learning-rate", 0.02, "--num-train-epochs", 3]
+    path = tmp_path / "run"
+    line = ["train", model, "--task", "classification", *options, "--dtype", "float32", "--output-dir", path]
+    assert command(*line) == 0
+    losses = [m["loss"] for m in read_run(path).metrics if "loss" in m]
+    assert sum(losses[-8:]) < sum(losses[:8])
+    loaded = load_trained(read_run(path))
+    ids = loaded.tokenizer(texts(rows))["input_ids"]
+    with torch.no_grad():
+        ours = logits_of_rows(loaded, [Labelled(row, 0, i) for i, row in enumerate(ids)])
+        dense = tiny_model(architecture, "Q4_1", tied=False).model
+        if method == "head":
+            weight = load_file(path / "adapter" / "adapter_model.safetensors")["base_model.model.score.weight"]
+            hidden = torch.cat([dense(input_ids=torch.tensor([row])).last_hidden_state[:, -1] for row in ids])
+            torch.testing.assert_close(ours, hidden @ weight.T, atol=1e-3, rtol=1e-3)
+    options = ("--task", "classification", "--data", rows / "test.jsonl", "--adapter", path)
+    capsys.readouterr()
+    assert command("eval", model, *options) == 0
+    assert f"{summary(path)['accuracy_after']:.2%}" in capsys.readouterr().out
+    assert command("fold", path, "-o", tmp_path / "tuned.gguf") == 2
+    assert "score.weight was trained whole" in capsys.readouterr().err
+
+
+def test_an_expanded_adapter_keeps_the_head(rows: Path, tmp_path: Path) -> None:
+    """QA-LoRA on a GGUF file, exported to PEFT, gives the same logits on the decoded weights."""
+    model, path = tiny_gguf(tmp_path, "llama", "Q4_1", tied=False), tmp_path / "run"
+    line = ["train", model, "--task", "classification", "--data", rows, "--max-steps", 4, "--learning-rate", 0.02]
+    assert command(*line, "--dtype", "float32", "--output-dir", path) == 0
+    assert command("export", path, "--to", "peft", "-o", tmp_path / "peft") == 0
+    dense = tiny_model("llama", "Q4_1", tied=False)
+    base = AutoModelForSequenceClassification.from_config(dense.config)
+    base.model.load_state_dict(dense.model.state_dict())
+    base.config.pad_token_id = 0
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    loaded = load_trained(read_run(path))
+    ids = loaded.tokenizer(texts(rows))["input_ids"]
+    with torch.no_grad():
+        ours = logits_of_rows(loaded, [Labelled(row, 0, i) for i, row in enumerate(ids)])
+        wanted = torch.cat([theirs(input_ids=torch.tensor([row])).logits for row in ids])
+    torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_what_a_classifier_cannot_do_is_named(
     tiny_file: Callable[..., Path], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], classifier: Make
 ) -> None:
-    options = ["--task", "classification", "--method", "lora", "--data", rows, "--output-dir", tmp_path / "out"]
+    options = ["--task", "classification", "--method", "full", "--data", rows, "--output-dir", tmp_path / "out"]
     assert command("train", tiny_file("llama", "Q4_1"), *options) == 2
-    assert "not" in (message := capsys.readouterr().err)
-    assert "quantized" in message
+    assert "--method full needs weights that are not quantized" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     model, path = classifier("bert", "full")
     assert command("eval", model, "--task", "classification", "--data", rows / "test.jsonl") == 2
     assert "no trained head" in capsys.readouterr().err
