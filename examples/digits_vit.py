@@ -45,11 +45,13 @@ def digits(count: int, seed: int, mirrored: bool = False) -> tuple[Tensor, Tenso
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float) -> None:
     """Train whatever requires a gradient."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    fall = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=epochs * -(-len(labels) // 64))
     for _ in range(epochs):
         for rows in torch.randperm(len(labels)).split(64):
             loss = model(images[rows], labels=labels[rows]).loss
             loss.backward()
             optimizer.step()
+            fall.step()
             optimizer.zero_grad()
 
 
