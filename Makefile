@@ -2,7 +2,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test gpu-test check clean
 
 setup: $(VENV)/.ready
 
@@ -19,6 +19,12 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest
+
+# on a machine with a GPU: the kernels there, and the benchmark beside TRL
+gpu-test: setup
+	@$(PIP) -e '.[bench]'
+	$(PY) -m pytest tests/quant/test_gpu.py tests/models/test_gpu_block.py
+	$(PY) -m benchmarks.gpu --json gpu.json
 
 check: setup
 	$(VENV)/bin/ruff format --check .

@@ -76,7 +76,8 @@ def run_lorafold(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[st
     from lorafold.models.load import compute_dtype, load
     from lorafold.train import loop
 
-    loaded = load("smollm2", compute_dtype())
+    device = options.get("device", "cpu")
+    loaded = load(options.get("model", "smollm2"), compute_dtype("auto", device), device)
     examples = [Example(i, "prompt", prompt=r["prompt"], completion=r["completion"]) for i, r in enumerate(rows)]
     tokens = tokenize(examples, loaded.tokenizer, template="raw").rows
     torch.manual_seed(0)
@@ -134,23 +135,36 @@ def matmul_rate() -> float:
 
 
 def run_trl(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[str, Any]:
-    """Train with TRL and PEFT on the dense weights; returns seconds and losses per step."""
+    """Train with TRL and PEFT on the dense weights, or on those of bitsandbytes; seconds and losses per step."""
     import torch
-    from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoModelForCausalLM
 
     from lorafold.models.load import load_tokenizer_only, resolve
 
-    path = resolve("smollm2")
+    path = resolve(options.pop("model", "smollm2"))
     dtype = getattr(torch, options.pop("dense", "float32"))
-    decoded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    del decoded.config.quantization_config  # the trainer refuses a model that it knows came from a GGUF file
-    model = AutoModelForCausalLM.from_config(decoded.config, dtype=dtype)
-    model.load_state_dict(decoded.state_dict())
-    del decoded
-    stamps = [0.0]
+    if path.is_dir():
+        device = options.get("device", "cpu")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device)
+    else:
+        decoded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        del decoded.config.quantization_config  # the trainer refuses a model that it knows came from a GGUF file
+        model = AutoModelForCausalLM.from_config(decoded.config, dtype=dtype)
+        model.load_state_dict(decoded.state_dict())
+        del decoded
+    adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return train_trl(rows, model, load_tokenizer_only(path), options | {"peft_config": adapter})
+
+
+def train_trl(rows: list[dict[str, str]], model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """One pass over the rows, in their order; seconds and losses per step."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    stamps, peft_config, device = [0.0], options.pop("peft_config", None), options.pop("device", "cpu")
 
     class Clock(TrainerCallback):
         """Notes when steps begin and end."""
@@ -172,7 +186,7 @@ def run_trl(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[str, An
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=device == "cpu",
             shuffle_dataset=False,
             **options,
         )
@@ -180,8 +194,8 @@ def run_trl(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[str, An
             model,
             args=config,
             train_dataset=Dataset.from_list(rows),
-            processing_class=load_tokenizer_only(path),
-            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+            processing_class=tokenizer,
+            peft_config=peft_config,
             callbacks=[Clock()],
         )
         trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
@@ -201,10 +215,30 @@ def child(name: str, rows_file: Path, out: Path, profile: bool, micro_batch_toke
     if name.startswith("lorafold"):
         options |= {"profile": profile, "micro_batch_tokens": micro_batch_tokens}
     result = run_lorafold(rows, options) if name.startswith("lorafold") else run_trl(rows, options)
-    later = result["seconds"][1:]
-    result["samples_per_second"] = STEP_ROWS * len(later) / sum(later)
     result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    out.write_text(json.dumps(result))
+    out.write_text(json.dumps(with_speed(result)))
+
+
+def with_speed(result: dict[str, Any]) -> dict[str, Any]:
+    """The same with samples per second, of the steps after the first."""
+    later = result["seconds"][1:]
+    return result | {"samples_per_second": STEP_ROWS * len(later) / sum(later)}
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """A line for each contender."""
+    print("| contender | samples/s | peak memory | first loss | trainable |\n|---|---:|---:|---:|---:|")
+    for name, r in results.items():
+        print(
+            f"| {name} | {r['samples_per_second']:.2f} | {r['peak_memory_gb']:.2f} GB | {r['losses'][0]:.4f} "
+            f"| {r['trainable']:,} |"
+        )
+
+
+def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """How many times the samples per second: the median of the steps after the first."""
+    pairs = zip(ours["seconds"][1:], theirs["seconds"][1:], strict=True)
+    return statistics.median(slow / fast for fast, slow in pairs)
 
 
 def run_child(name: str, args: argparse.Namespace, profile: bool = False) -> dict[str, Any]:
@@ -248,12 +282,7 @@ def main() -> None:
     if max(first.values()) - min(first.values()) > SAME_LOSS:
         sys.exit(f"the contenders do not compute the same thing: first losses {first}")
     report: dict[str, Any] = {"contenders": results}
-    print("| contender | samples/s | peak memory | first loss | trainable |\n|---|---:|---:|---:|---:|")
-    for name, r in results.items():
-        print(
-            f"| {name} | {r['samples_per_second']:.2f} | {r['peak_memory_gb']:.2f} GB | {r['losses'][0]:.4f} "
-            f"| {r['trainable']:,} |"
-        )
+    print_table(results)
     mine = [name for name in results if name.startswith("lorafold")]
     rate = matmul_rate()
     report |= {"matmul_rate": rate, "peak_memory_gb": max(results[name]["peak_memory_gb"] for name in mine)}
@@ -263,10 +292,8 @@ def main() -> None:
         report[f"share_of_matmul_rate, {name}"] = share
         print(f"{name}: {share:.1%} of the matrix-product rate of {rate / 1e9:,.0f} GFLOP/s")
     for name, peer in itertools.product(mine, [name for name in results if name.startswith("trl")]):
-        pairs = zip(results[name]["seconds"][1:], results[peer]["seconds"][1:], strict=True)
-        ratio = statistics.median(theirs / ours for ours, theirs in pairs)
-        report[f"{name} / {peer}"] = ratio
-        print(f"{name} / {peer}: {ratio:.2f} times the samples per second")
+        report[f"{name} / {peer}"] = ratio(results[name], results[peer])
+        print(f"{name} / {peer}: {report[f'{name} / {peer}']:.2f} times the samples per second")
     summary = {
         "ratio_trl_default": [report[key] for key in report if key.endswith("/ trl default")],
         "ratio_trl_best": [report[key] for key in report if key.endswith("/ trl best")],

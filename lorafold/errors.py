@@ -38,6 +38,10 @@ class TrainingError(LoraFoldError):
     """Training stopped; the message says at which step and row, and what was kept."""
 
 
+class WorkerError(LoraFoldError):
+    """One of several workers has ended, or sees something else than the others."""
+
+
 class MissingExtraError(LoraFoldError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

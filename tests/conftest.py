@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import numba
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels run in its interpreter, on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.tiny import tiny_gguf
 

@@ -21,6 +21,7 @@ ALLOWED = {
     "train": {"models", "adapters", "data", "evals"},
     "runs": {"quant", "adapters", "models", "data", "evals", "train"},
     "cli": {"quant", "adapters", "models", "data", "evals", "train", "runs"},
+    "__main__": {"cli"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -64,10 +65,16 @@ ENGINES = {
     "xllamacpp": "evals/llama_cpp.py",
     "mlx": "evals/mlx_lm.py",
     "mlx_lm": "evals/mlx_lm.py",
+    "triton": "kernels/gpu.py",
     "llvmlite": "kernels/lanes.py kernels/rows.py kernels/tiles.py quant/lookup.py",
     "numba": "kernels/attention.py kernels/block.py kernels/compiled.py kernels/lanes.py "
     "kernels/products.py kernels/rows.py kernels/tiles.py quant/kernels.py quant/lookup.py quant/solver.py",
 }
+
+
+def test_only_one_module_knows_that_there_are_workers() -> None:
+    users = [p for p in MODULES if any(name.startswith("torch.distributed") for name in imports(p))]
+    assert [str(p.relative_to(PACKAGE)) for p in users] == ["train/distributed.py"]
 
 
 @pytest.mark.parametrize(("engine", "owners"), ENGINES.items())
@@ -90,8 +97,8 @@ def test_modules_are_explained_and_of_one_concept(path: Path) -> None:
 
 
 def test_functions_import_only_where_a_command_or_an_extra_needs_it() -> None:
-    """Commands load heavy libraries when they are called; elsewhere only optional packages may wait."""
-    optional = {"xllamacpp", "mlx", "mlx_lm", "huggingface_hub"}
+    """Commands load heavy libraries when they are called; elsewhere only optional packages may wait or be tried."""
+    optional = {"triton", "xllamacpp", "mlx", "mlx_lm", "huggingface_hub"}
     for path in MODULES:
         if path.parent.name != "cli":
             late = set(imports(path)) - set(imports(path, nested=False))

@@ -60,6 +60,17 @@ def test_readme_commands(
     assert (tmp_path / "tuned.gguf").stat().st_size == model.stat().st_size
 
 
+def test_readme_python(capsys: pytest.CaptureFixture[str]) -> None:
+    """The Python of both READMEs runs, and is the same but for comments."""
+    codes = []
+    for name in ("README.md", "README.ko.md"):
+        (code,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+        exec(compile(code, name, "exec"), {})
+        codes.append([line.partition("#")[0].rstrip() for line in code.splitlines()])
+        assert "torch.Size([3, 10])" in capsys.readouterr().out
+    assert codes[0] == codes[1]
+
+
 def test_the_file_map_is_complete() -> None:
     """Every module has its line in docs/architecture.md, and every line its module."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")

@@ -95,25 +95,36 @@ class AdaptedLayer(nn.Module):
 Carrier = AdaptedLayer | AdaptedParameter
 
 
-def carriers(model: nn.Module) -> Iterator[tuple[str, Carrier]]:
-    """(name of the layer or parameter, what carries its adapters)."""
-    adapted: set[str] = set()
-    for name, module in model.named_modules():
+def carriers(model: nn.Module) -> list[tuple[str, Carrier]]:
+    """(name of the layer or parameter, what carries its adapters), in model order.
+
+    Walks by hand: with many adapters most modules are parts of these, and there is nothing in them to be found.
+    """
+    found: list[tuple[str, Carrier]] = []
+    seen: set[AdaptedParameter] = set()  # a parameter with two names is one, under the first
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
         if isinstance(module, AdaptedLayer):
-            adapted.add(name)
-            yield name, module
-        elif isinstance(module, AdaptedParameter):
-            owner, _, parameter = f".{name}".rpartition(".parametrizations.")
-            owner, parameter = owner[1:], parameter.partition(".")[0]
-            owner = owner.removesuffix(".base") if owner.removesuffix(".base") in adapted else owner
-            yield f"{owner}.{parameter}" if owner else parameter, module
+            found.append((path, module))
+            module = module.base
+        children, prefix = module._modules, f"{path}." if path else ""
+        chains = children.get("parametrizations")
+        if isinstance(chains, nn.ModuleDict):
+            for parameter, chain in chains.items():
+                links = [m for m in chain.children() if isinstance(m, AdaptedParameter) and m not in seen]
+                found += [(prefix + parameter, link) for link in links]
+                seen.update(links)
+        for name in reversed(children):
+            child = children[name]
+            if child is not None and child is not chains:
+                stack.append((prefix + name, child))
+    return found
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """(name, layer) of every layer that carries adapters."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLayer):
-            yield name, module
+    return ((name, carrier) for name, carrier in carriers(model) if isinstance(carrier, AdaptedLayer))
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -194,9 +205,11 @@ def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
         AdapterError: the model carries no adapter of such a name.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names or ())
-    refuse_unknown(model, wanted)
-    for _, carrier in carriers(model):
-        carrier.active = tuple(name for name in wanted if name in carrier.adapters)
+    found = [carrier for _, carrier in carriers(model)]
+    if not all(any(name in carrier.adapters for carrier in found) for name in wanted):
+        refuse_unknown(model, wanted)
+    for carrier in found:
+        carrier.active = tuple([name for name in wanted if name in carrier.adapters])
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

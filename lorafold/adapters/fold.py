@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorafold.adapters.adapted import AdaptedLayer, adapted_layers
+from lorafold.adapters.adapted import AdaptedLayer, adapted_layers, carriers
 from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.lora import LoRA
+from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.errors import FoldError, bullet_list
 from lorafold.quant.codecs import CODECS, GGUF_CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
@@ -119,6 +120,21 @@ def _fold_layer(path: str, layer: AdaptedLayer, adapter: GroupAdapter) -> LayerF
     error = float(((realized - wanted).abs() / step.abs().clamp_min(torch.finfo(torch.float16).tiny)).max())
     new = QuantizedWeight(packed.codec, packed.shape, blocks)
     return LayerFold(path, new, kept_fraction(realized, wanted), error)
+
+
+def refuse_parameters(model: nn.Module, why: str) -> None:
+    """Refuse a fold of adapters that sit on parameters: trained biases, whole modules, experts, nn.MultiheadAttention.
+
+    Args:
+        why: the reason, which ends the message.
+
+    Raises:
+        FoldError: there are such adapters.
+    """
+    held = [path for path, carrier in carriers(model) if carrier.active and isinstance(carrier, AdaptedParameter)]
+    if held:
+        names = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
+        raise FoldError(f"the run trained {len(held)} parameters that are no layers' weights ({names}); {why}")
 
 
 def base_weight(base: nn.Module, offset: Tensor | None = None, scale: Tensor | None = None) -> Tensor:

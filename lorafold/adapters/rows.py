@@ -19,6 +19,36 @@ from lorafold.adapters.sites import LinearSite
 from lorafold.errors import AdapterError
 
 
+class _Rows:
+    """Where the rows of a batch lie: one after the other in the first dimension, or end to end in a pack [1, T, ...].
+
+    Args:
+        count: number of rows.
+        lengths: of the rows of a pack, in tokens.
+    """
+
+    def __init__(self, count: int, lengths: Sequence[int] | None):
+        self.lengths = None if lengths is None or len(set(lengths)) == 1 else lengths
+        self.count, self.packed = count, lengths is not None
+        if self.lengths:
+            starts = torch.tensor(self.lengths).cumsum(0) - torch.tensor(self.lengths)
+            longest = max(self.lengths)
+            self.padded = (starts[:, None] + torch.arange(longest)).clamp_max(sum(self.lengths) - 1).flatten()
+            self.own = torch.cat([i * longest + torch.arange(n) for i, n in enumerate(self.lengths)])
+
+    def apart(self, x: Tensor) -> Tensor:
+        """The rows [count, longest, N]; what stands after the end of a shorter one means nothing."""
+        if self.lengths:
+            return x[0].index_select(0, self.padded).unflatten(0, (self.count, -1))
+        return x[0].unflatten(0, (self.count, -1)) if self.packed else x
+
+    def together(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `apart`."""
+        if self.lengths:
+            return rows.flatten(0, 1).index_select(0, self.own)[None]
+        return rows.reshape(like.shape)
+
+
 class _RowAdapters:
     """What the rows of a batch have of one layer's adapters.
 
@@ -27,16 +57,17 @@ class _RowAdapters:
     neither goes adapter by adapter.
     """
 
-    def __init__(self, layer: AdaptedLayer, rows: Sequence[str | None], dtype: torch.dtype):
-        names = [name for name in dict.fromkeys(rows) if name is not None and name in layer.adapters]
+    def __init__(self, layer: AdaptedLayer, names: Sequence[str | None], rows: _Rows, dtype: torch.dtype):
+        known = [name for name in dict.fromkeys(names) if name is not None and name in layer.adapters]
         self.base: Any = layer.base
-        self.adapters: list[Any] = [layer.adapters[name] for name in names]
-        index = torch.tensor([names.index(name) if name in names else len(names) for name in rows])
-        self.rows = [(index == i).nonzero()[:, 0] for i in range(len(names))]
+        self.rows = rows
+        self.adapters: list[Any] = [layer.adapters[name] for name in known]
+        index = torch.tensor([known.index(name) if name in known else len(known) for name in names])
+        self.which = [(index == i).nonzero()[:, 0] for i in range(len(known))]
         self.group = 1
-        self.a: torch.Tensor | None = None
-        self.b: torch.Tensor | None = None
-        if all(type(a) is LoRA and type(a.site) is LinearSite and not a.dora for a in self.adapters):
+        self.a: Tensor | None = None
+        self.b: Tensor | None = None
+        if all(isinstance(a, LoRA) and type(a.site) is LinearSite and not a.dora for a in self.adapters):
             stacked_a, stacked_b = _stacked([(*a.factors(), a.scaling) for a in self.adapters], dtype)
             self.a, self.b = stacked_a[index], stacked_b[index]
         elif all(isinstance(a, GroupAdapter) and not a.learns_scale for a in self.adapters):
@@ -50,13 +81,15 @@ class _RowAdapters:
     def __call__(self, x: Tensor) -> Tensor:
         y = self.base(x)
         if self.b is None:
-            added = torch.zeros_like(y)
-            for adapter, rows in zip(self.adapters, self.rows, strict=True):
-                added[rows] = adapter.extra(x[rows], y[rows])
-            return y + added
-        seen = (x.unflatten(-1, (-1, self.group)).sum(-1) if self.group > 1 else x).flatten(1, -2)
+            seen, plain = self.rows.apart(x), self.rows.apart(y)
+            added = torch.zeros_like(plain)
+            for adapter, which in zip(self.adapters, self.which, strict=True):
+                added[which] = adapter.extra(seen[which], plain[which])
+            return y + self.rows.together(added, y)
+        seen = self.rows.apart(x.unflatten(-1, (-1, self.group)).sum(-1) if self.group > 1 else x)
+        seen = seen.reshape(len(seen), -1, seen.shape[-1])
         hidden = seen if self.a is None else seen @ self.a.mT
-        return torch.baddbmm(y.flatten(1, -2), hidden, self.b.mT).view_as(y)
+        return y + self.rows.together(hidden @ self.b.mT, y)
 
 
 def _stacked(factors: list[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -73,12 +106,20 @@ def _stacked(factors: list[tuple[Tensor, Tensor, float]], dtype: torch.dtype) ->
 
 @contextlib.contextmanager
 @torch.no_grad()
-def adapters_by_row(model: nn.Module, rows: Sequence[str | None], dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Inside, row i of a batch [rows, ...] is computed with the adapter rows[i], or with the bare base for None.
+def adapters_by_row(
+    model: nn.Module,
+    rows: Sequence[str | None],
+    lengths: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[None]:
+    """Inside, row i of a batch is computed with the adapter rows[i], or with the bare base for None.
 
     For inference. Updates of offsets are those that the file would hold.
 
     Args:
+        rows: an adapter's name for each row.
+        lengths: tokens of each row, where they lie end to end in one pack [1, T]; otherwise they are the first
+            dimension of every layer's input.
         dtype: of the activations.
 
     Raises:
@@ -89,12 +130,12 @@ def adapters_by_row(model: nn.Module, rows: Sequence[str | None], dtype: torch.d
     if held:
         raise AdapterError("adapters of parameters (experts, nn.MultiheadAttention) cannot differ from row to row")
     layers = [layer for _, layer in adapted_layers(model) if set(layer.adapters) & set(rows)]
-    before = [layer.active for _, layer in adapted_layers(model)]
+    before, place = [layer.active for _, layer in adapted_layers(model)], _Rows(len(rows), lengths)
     try:
         for _, layer in adapted_layers(model):
             layer.active = ()
         for layer in layers:
-            layer.by_row = _RowAdapters(layer, rows, dtype)
+            layer.by_row = _RowAdapters(layer, rows, place, dtype)
         yield
     finally:
         for (_, layer), active in zip(adapted_layers(model), before, strict=True):

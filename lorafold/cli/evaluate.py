@@ -10,8 +10,11 @@ from cyclopts import Parameter
 from lorafold.config import RowsConfig, TaskConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
+    from lorafold.data.stream import RowStream
     from lorafold.data.tokens import Tokens
     from lorafold.runs.display import Display
 
@@ -102,9 +105,9 @@ def _classes(
     return table
 
 
-def _rows(data: RowsConfig, tokenizer: Any, display: Display) -> list[Tokens]:
+def _rows(data: RowsConfig, tokenizer: Any, display: Display) -> Sequence[Tokens] | RowStream:
     from lorafold.runs.prepare import all_rows
 
-    tokenized = all_rows(data, tokenizer)
+    tokenized = all_rows(data, tokenizer, display)
     display.say(f"data: {tokenized.describe()}")
     return tokenized.rows

@@ -2,6 +2,7 @@
 
 Commands are loaded when they are called, so `lorafold --help` stays quick. A mistake of the user ends with one message
 on standard error and exit code 2; Ctrl-C ends with 130.
+Of the workers that torchrun has started the first speaks for all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 import lorafold
 from lorafold.cli import adapters, demo, evaluate, export, fold, generate, preview, quantize, train, verify
 from lorafold.cli.config_file import expand_config
-from lorafold.config import gather_faults
+from lorafold.config import gather_faults, workers_of
 from lorafold.errors import LoraFoldError
 
 app = App(
@@ -37,23 +38,31 @@ app.command(demo.demo)
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
+    if arguments[:1] == ["--"]:  # torchrun takes `--r` for an option of its own unless this stands before it
+        arguments = arguments[1:]
     try:
         with gather_faults():  # the groups of options are made one by one while the line is parsed
             command, bound, _ = app.parse_args(expand_config(arguments), exit_on_error=False, print_error=False)
         result = command(*bound.args, **bound.kwargs)
     except (LoraFoldError, CycloptsError) as error:
-        sys.stderr.write(f"lorafold: {error}\n")
+        _complain(str(error))
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("lorafold: stopped\n")
+        _complain("stopped")
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone, as in `lorafold preview ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # such as a path longer than the system allows
-        sys.stderr.write(f"lorafold: {error}\n")
+        _complain(str(error))
         return 2
     return result if isinstance(result, int) else 0
+
+
+def _complain(text: str) -> None:
+    worker = workers_of(os.environ)
+    if worker is None or worker.rank == 0:
+        sys.stderr.write(f"lorafold: {text}\n")
 
 
 def main() -> None:

@@ -16,9 +16,12 @@ def preview(model: str, *, data: Annotated[RowsConfig, Parameter(name="*")], row
         model: whose tokenizer and chat template are used.
         rows: how many rows to show.
     """
+    from itertools import islice
+
     from rich.console import Console
 
     from lorafold.data.preview import render
+    from lorafold.data.stream import RowStream
     from lorafold.models.load import load_tokenizer_only
     from lorafold.runs.display import Display
     from lorafold.runs.prepare import all_rows
@@ -26,8 +29,14 @@ def preview(model: str, *, data: Annotated[RowsConfig, Parameter(name="*")], row
     check_positive(rows=rows)
     console = Console()
     tokenizer = load_tokenizer_only(model)
-    tokenized = all_rows(data, tokenizer)
-    for row in tokenized.rows[:rows]:
+    display = Display()
+    tokenized = all_rows(data, tokenizer, display)
+    for row in islice(tokenized.rows, rows):
         console.rule(f"row {row.row}: {len(row.ids)} tokens, {sum(row.supervised)} supervised")
         console.print(render(row, tokenizer))
-    Display().say(tokenized.describe())
+    display.say(tokenized.describe())
+    if isinstance(tokenized, RowStream):
+        with display.bar("tokenizing", len(tokenized)) as advance:
+            for _ in tokenized:
+                advance()
+        display.say(tokenized.describe_met())

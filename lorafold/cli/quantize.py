@@ -51,7 +51,7 @@ def quantize(
     tokens = None
     if rows is not None:
         tokenized = all_rows(replace(rows, limit=rows.limit or CALIBRATION_ROWS), loaded.tokenizer)
-        tokens = tokenized.rows
+        tokens = list(tokenized.rows)
         display.say(f"calibration: {tokenized.describe()}")
     with display.bar("blocks", len(find_blocks(loaded.model))) as done:
         report = quantize_model(loaded, tokens, config, output, done)

@@ -21,22 +21,39 @@ def train(
     training: Annotated[TrainingConfig, _FLAT] = TrainingConfig(),  # noqa: B008
     output_dir: Path = Path("lorafold-run"),
     config: Path | None = None,
+    resume: bool = False,
 ) -> None:
     """Tune a model on your rows; writes a run folder with adapter, metrics and report.
+
+    Started by torchrun, several processes share the rows of each step.
 
     Args:
         model: a .gguf file, a transformers folder or hub id, or smollm2 (the embedded default).
         output_dir: run folder to write; it must not exist, or be empty.
         config: YAML file with any of these options; the command line wins.
+        resume: go on with the run in output_dir from its last checkpoint (see save_steps), or begin it.
     """
+    import os
+
+    from lorafold.config.workers import workers_of
+    from lorafold.errors import ConfigError
     from lorafold.models.classifier import is_quantized
     from lorafold.runs.classify import classify
     from lorafold.runs.display import Display, output
-    from lorafold.runs.start import start
+    from lorafold.runs.start import start_worker
 
     del config  # expanded before parsing
-    begin = classify if task.classifies else start
-    run = begin(RunConfig(model, output_dir, data, adapter, training, task), Display())
+    wanted = RunConfig(model, output_dir, data, adapter, training, task)
+    if task.classifies:
+        if resume or workers_of(os.environ):
+            raise ConfigError(
+                "a classification run is one process from its beginning to its end: no resume, no torchrun"
+            )
+        run = classify(wanted, Display())
+    else:
+        run = start_worker(wanted, Display(), resume)
+    if run is None:  # the first worker speaks for all
+        return
     s = run.summary
     if task.classifies:
         output(f"held-out accuracy {s['accuracy_before']:.2%} -> {s['accuracy_after']:.2%}")

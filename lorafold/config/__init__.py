@@ -12,6 +12,7 @@ from lorafold.config.quantize import QuantizeConfig
 from lorafold.config.run import RunConfig, option_names
 from lorafold.config.task import TaskConfig
 from lorafold.config.training import TrainingConfig
+from lorafold.config.workers import Launched, workers_of
 
 __all__ = [
     "DEFAULT_LEARNING_RATE",
@@ -20,6 +21,7 @@ __all__ = [
     "AdapterSpec",
     "CombineConfig",
     "DataConfig",
+    "Launched",
     "QuantizeConfig",
     "RankConfig",
     "RowsConfig",
@@ -29,4 +31,5 @@ __all__ = [
     "check_positive",
     "gather_faults",
     "option_names",
+    "workers_of",
 ]

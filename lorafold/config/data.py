@@ -50,7 +50,8 @@ class DataConfig(RowsConfig):
 
     Attributes:
         eval_data: held-out rows; without it a validation or test split of a data folder, or else a part of the data.
-        eval_fraction: the part held out when there are no other held-out rows.
+        eval_fraction: the part held out when there are no other held-out rows; at most 2,000 rows, if eval_limit is not
+            given.
         eval_limit: use the first N held-out rows only.
     """
 

@@ -39,9 +39,8 @@ class RunConfig:
             eval_data=self.data.eval_data.absolute() if self.data.eval_data else None,
         )
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
-        adapter = self.adapter
-        if "lora_alpha" in METHODS[adapter.method].options:
-            adapter = replace(adapter, lora_alpha=adapter.alpha)
+        scaled = "lora_alpha" in METHODS[self.adapter.method].options
+        adapter = replace(self.adapter, lora_alpha=self.adapter.alpha) if scaled else self.adapter
         rate = self.training.learning_rate or self.adapter.default_learning_rate
         return replace(
             self, model=model, data=data, adapter=adapter, training=replace(self.training, learning_rate=rate)

@@ -18,6 +18,7 @@ class TrainingConfig:
         per_device_train_batch_size: rows of a forward and backward pass (split further by micro_batch_tokens).
         gradient_accumulation_steps: passes before an optimizer step; the loss is averaged over all their tokens.
         learning_rate: of AdamW; the default depends on the method.
+        loraplus_lr_ratio: LoRA+ (arXiv 2402.12354): B learns so many times faster than A.
         num_train_epochs: passes over the data.
         max_steps: optimizer steps, instead of epochs.
         warmup_ratio: share of the steps in which the learning rate rises from 0.
@@ -25,11 +26,15 @@ class TrainingConfig:
         weight_decay: AdamW's decoupled decay.
         max_grad_norm: gradients are scaled down to this norm; 0 turns that off.
         eval_steps: evaluate every N steps as well as before and after.
+        save_steps: write a checkpoint every N steps, from which `--resume` goes on.
+        save_total_limit: checkpoints kept; the oldest are deleted.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         micro_batch_tokens: most tokens computed at once, 1,024 if not given; changes speed and memory, not the result.
         memory: what the process (or GPU) may take, such as `2GB`; micro-batches and checkpointing are chosen to fit.
         shared_prefix_tokens: rows of a step that begin with so many equal tokens or more compute these once, which
             changes no result; 0 never. With dropout nothing is shared.
+        shard_base: with torchrun: each worker keeps a part of the base's blocks, and all gather a block to compute it;
+            for bases that do not fit one GPU.
         dtype: of activations: `auto` is bfloat16 where the processor has it, else float32.
         device: `cpu`, `cuda`, or `auto`.
         seed: of initialization, order and dropout.
@@ -40,6 +45,7 @@ class TrainingConfig:
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
+    loraplus_lr_ratio: float | None = None
     num_train_epochs: float = 1.0
     max_steps: int | None = None
     warmup_ratio: float = 0.05
@@ -47,10 +53,13 @@ class TrainingConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     eval_steps: int | None = None
+    save_steps: int | None = None
+    save_total_limit: int | None = None
     gradient_checkpointing: bool = False
     micro_batch_tokens: int | None = None
     memory: str | None = None
     shared_prefix_tokens: int = 24
+    shard_base: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 42
@@ -63,12 +72,17 @@ class TrainingConfig:
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
             "learning_rate",
+            "loraplus_lr_ratio",
             "num_train_epochs",
             "max_steps",
             "eval_steps",
+            "save_steps",
+            "save_total_limit",
             "micro_batch_tokens",
             "sample_tokens",
         )
+        if self.save_total_limit and not self.save_steps:
+            faults.append("save_total_limit limits checkpoints, and none are written; give save_steps as well")
         if self.memory is not None and self.memory_bytes is None:
             faults.append(f"memory is {self.memory!r}; write a number and a unit, such as 2GB, 1.5GiB or 900MB")
         if not 0 <= self.warmup_ratio < 1:

@@ -22,7 +22,7 @@ targets     a2 a3 b2                   one hidden state predicts for several row
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,15 +52,12 @@ class Pack:
     targets: Tensor
 
     def to(self, device: torch.device | str) -> Pack:
-        """The same pack with its tensors on another device."""
-        return Pack(
-            self.ids.to(device),
-            self.positions.to(device),
-            self.segments,
-            self.parents,
-            self.target_at.to(device),
-            self.targets.to(device),
+        """The same pack with its tensors on another device; on a GPU once it gets there, without waiting for it."""
+        ids, positions, target_at, targets = (
+            tensor.to(device, non_blocking=torch.device(device).type != "cpu")
+            for tensor in (self.ids, self.positions, self.target_at, self.targets)
         )
+        return Pack(ids, positions, self.segments, self.parents, target_at, targets)
 
 
 @dataclass(frozen=True)
@@ -156,24 +153,27 @@ def _up(n: int, multiple: int) -> int:
 
 
 def micro_batches(
-    rows: Sequence[Tokens], max_tokens: int, align: int = 1, shared: int | None = None
-) -> list[list[Tokens]]:
+    rows: Iterable[Tokens], max_tokens: int, align: int = 1, shared: int | None = None
+) -> Iterator[list[Tokens]]:
     """Split rows, in order, into groups of at most `max_tokens` tokens; a longer row stands alone.
 
     Args:
         align, shared: as in `pack`. With `shared` the tokens of the pack are counted, and those that are predicted, of
             which several may belong to one token of the pack; without, the tokens of the rows.
     """
-    groups: list[list[Tokens]] = []
+    group: list[Tokens] = []
     filled = 0
     for row in rows:
         if shared is None:
             filled += _up(len(row), align)
-        elif groups:
-            group = [*groups[-1], row]
-            filled = max(sum(_lay_out(group, align, shared)[2]), sum(sum(r.supervised) for r in group))
-        if not groups or filled > max_tokens:
-            groups.append([])
+        elif group:
+            larger = [*group, row]
+            filled = max(sum(_lay_out(larger, align, shared)[2]), sum(sum(r.supervised) for r in larger))
+        if group and filled > max_tokens:
+            yield group
+            group, filled = [], 0
+        if not group:
             filled = _up(len(row), align)
-        groups[-1].append(row)
-    return groups
+        group.append(row)
+    if group:
+        yield group

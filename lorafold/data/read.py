@@ -1,77 +1,152 @@
 """Files become rows: Arrow-backed and memory-mapped by the `datasets` library, checked before it sees them.
 
-Every file is read twice: once to find all faults and the columns, once to fill the Arrow table. The table lies in
-the `datasets` cache under the sha256 of the files, so that an unchanged file is not written again and a changed one
-is never confused with its former content. Text columns are stored as text and all others as JSON, so that each
-row comes back exactly as it stood in the file.
+A file is read twice: once to find all faults and the columns, once to fill the Arrow table. The table lies in the
+`datasets` cache under the sha256 of the files, so that what did not change is not read again and what did is never
+confused with its former content. Text columns are stored as text and all others as bytes of JSON, so that each row
+comes back exactly as it stood in the file.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
-from collections.abc import Iterator, Sequence, Sized
-from contextlib import contextmanager
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import config as datasets_config
-from datasets.exceptions import DatasetGenerationError
+from datasets.table import MemoryMappedTable
 
 from lorafold.data.readers import READERS, Row, check_utf8, known_suffixes, reader_of, suffix_of
 from lorafold.errors import ConfigError, DataError, bullet_list
+from lorafold.files import OutputError, replacing
 
 __all__ = ["READERS", "Rows", "has_split", "read_rows", "split_rows"]
-_LAYOUT = 1  # of the stored table; raise it when the encoding of cells changes
+_LAYOUT = 2  # of the stored table; raise it when the encoding of cells changes
+_BATCH = 1000  # rows held at once
+_BLOCK = 4 << 20
+_WHITE = "".join(filter(str.isspace, map(chr, range(0x10000))))  # what str.strip takes away
+_UNTIL_DROPPED = 16  # rows taken singly before their pages are dropped: each may map 2 MB
+_LARGE = 50_000_000  # bytes; reading more takes seconds
 
 
 class Rows(Sequence[Row]):
     """The rows of one or several files, in order; `rows[i]` is a dict with every column (None where missing).
+
+    Pages of the file that were looked at count as memory of the process as long as they are mapped, though the system
+    can take them at any time. They are dropped now and then, so that a large file costs no more than a small one.
 
     Attributes:
         columns: names of all columns, in order of first appearance.
         sources: the files, in order.
     """
 
-    def __init__(self, table: datasets.Dataset, kinds: dict[str, bool], sources: Sequence[Path], fingerprint: str):
-        self.columns = tuple(kinds)
+    def __init__(self, table: Path, sources: Sequence[Path], fingerprint: str):
+        with table.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with pa.ipc.open_stream(pa.py_buffer(self._map)) as stream:
+            self._table = datasets.Dataset(MemoryMappedTable(stream.read_all(), str(table)))
+        self._is_text = [pa.types.is_string(field.type) for field in self._table.data.schema]
+        self._fingerprint, self._taken = fingerprint, 0
+        self.columns = tuple(self._table.column_names)
         self.sources = tuple(sources)
-        self._table, self._kinds, self._fingerprint = table, kinds, fingerprint
+        self._drop_pages()
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Row:  # type: ignore[override]
-        stored = self._table[index]
-        return {
-            name: value if is_text or value is None else json.loads(value)
-            for (name, is_text), value in zip(self._kinds.items(), stored.values(), strict=True)
-        }
+        self._taken += 1
+        if self._taken % _UNTIL_DROPPED == 0:
+            self._drop_pages()
+        return self._row(self._table[index].values())
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), _BATCH):
+            yield from map(self._row, zip(*self._table[start : start + _BATCH].values(), strict=True))
+            self._drop_pages()
+
+    def unsure(self, columns: Iterable[str]) -> np.ndarray:
+        """Whether one of some columns has no text or nothing but white space in it, bool [N]."""
+        found = np.zeros(len(self), bool)
+        for name in columns:
+            column = self._table.data.column(name)
+            if not pa.types.is_string(column.type):
+                return np.ones(len(self), bool)
+            parts = []
+            for part in column.chunks:
+                parts.append(_is_blank(part))
+                self._drop_pages()
+            found |= np.concatenate(parts)
+        return found
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of all cells of each row as they are stored, int64 [N]."""
+        total = np.zeros(len(self), np.int64)
+        for column in self._table.data.columns:
+            total += pc.call_function("binary_length", [column]).fill_null(0).to_numpy()
+            self._drop_pages()
+        return total
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the bytes of the files, in order."""
         return self._fingerprint
 
+    def _row(self, cells: Iterable[Any]) -> Row:
+        return {
+            name: cell if is_text or cell is None else json.loads(cell)
+            for name, is_text, cell in zip(self.columns, self._is_text, cells, strict=True)
+        }
 
-def read_rows(path: str | Path, split: str | None = None) -> Rows:
+    def _drop_pages(self) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _is_blank(column: pa.Array) -> np.ndarray:
+    options = pc.TrimOptions(characters=_WHITE)
+    lengths = pc.call_function("binary_length", [pc.call_function("utf8_trim", [column], options)])
+    return lengths.fill_null(0).to_numpy(zero_copy_only=False) == 0
+
+
+def read_rows(path: str | Path, split: str | None = None, say: Callable[[str], None] | None = None) -> Rows:
     """Read a data file, or all data files of a folder.
 
     Args:
         path: a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file (all but the last also with .gz), or a folder;
             of a folder all such files below it are read, sorted by name.
         split: of a folder take only the files whose name, or the name of a folder on the way, begins with this.
+        say: is told when this will take a while.
 
     Raises:
         DataError: nothing is there, a file is empty or broken, or rows are not objects; faults of all files at once.
     """
     files = _find(Path(path), split)
-    kinds = _scan(files)
-    fingerprint = _hash(files)
-    return Rows(_store(files, kinds, fingerprint), kinds, files, fingerprint)
+    try:
+        fingerprint, sizes = _hash(files)
+    except OSError:
+        _scan(files)  # names it among the faults of the others
+        raise
+    # of the names only what decides how the bytes are read
+    key = json.dumps([_LAYOUT, fingerprint, sizes, [(suffix_of(f), f.suffix.lower() == ".gz") for f in files]])
+    table = Path(datasets_config.HF_DATASETS_CACHE, "lorafold", f"{hashlib.sha256(key.encode()).hexdigest()}.arrow")
+    if not table.exists():
+        if say and sum(sizes) > _LARGE:
+            say(f"reading {sum(sizes) / 1e6:,.0f} MB of data, which is remembered until they change ...")
+        _store(files, _scan(files), table)
+    return Rows(table, files, fingerprint)
 
 
-def split_rows(rows: Sized, fraction: float, seed: int = 0, limit: int | None = None) -> tuple[list[int], list[int]]:
+def split_rows(
+    rows: Sized, fraction: float, seed: int = 0, limit: int | None = None, most: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Split row numbers into (train, held out), both ascending and the same on every machine.
 
     Args:
@@ -79,6 +154,7 @@ def split_rows(rows: Sized, fraction: float, seed: int = 0, limit: int | None = 
         fraction: share held out, in [0, 1); if it is not 0, each side gets at least one row.
         seed: chooses the rows that are held out.
         limit: use only the first so many rows.
+        most: rows held out, at most.
 
     Raises:
         ConfigError: `fraction` or `limit` is out of range.
@@ -90,12 +166,13 @@ def split_rows(rows: Sized, fraction: float, seed: int = 0, limit: int | None = 
         raise ConfigError(f"the limit is {limit}; it must be at least 1 row")
     count = len(rows) if limit is None else min(limit, len(rows))
     if fraction == 0:
-        return list(range(count)), []
+        return np.arange(count), np.arange(0)
     if count < 2:
         raise DataError(f"cannot hold out a part of {count} row: give at least two rows, or a file of held-out data")
-    held = min(max(1, round(count * fraction)), count - 1)
-    order = sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
-    return sorted(order[held:]), sorted(order[:held])
+    wanted = min(max(1, round(count * fraction)), count - 1, most or count)
+    order = heapq.nsmallest(wanted, range(count), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+    held = np.sort(order)
+    return np.delete(np.arange(count), held), held
 
 
 def _find(path: Path, split: str | None) -> list[Path]:
@@ -170,46 +247,48 @@ def _read(file: Path) -> Iterator[Row]:
     return reader(file)
 
 
-def _hash(files: list[Path]) -> str:
-    digest = hashlib.sha256()
+def _hash(files: list[Path]) -> tuple[str, list[int]]:
+    """sha256 (hex) over the bytes of all files, and how many bytes each has."""
+    digest, sizes = hashlib.sha256(), []
     for file in files:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
-    return digest.hexdigest()
+            sizes.append(stream.tell())
+    return digest.hexdigest(), sizes
 
 
-def _store(files: list[Path], kinds: dict[str, bool], fingerprint: str) -> datasets.Dataset:
-    features = datasets.Features(dict.fromkeys(kinds, datasets.Value("string")))
-    # all of this is hashed into the name of the cache entry
-    key = {"files": [str(f.resolve()) for f in files], "kinds": kinds, "fingerprint": fingerprint, "layout": _LAYOUT}
+def _store(files: list[Path], kinds: dict[str, bool], table: Path) -> None:
+    """Write all rows as an Arrow table; `kinds` as of `_scan`."""
+    schema = pa.schema([(name, pa.string() if is_text else pa.binary()) for name, is_text in kinds.items()])
     try:
-        with _no_progress_bars():
-            return datasets.Dataset.from_generator(_stored_rows, features=features, gen_kwargs=key)  # type: ignore
-    except (OSError, DatasetGenerationError) as error:
-        cause = error.__cause__ or error
+        with (
+            replacing(table) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_stream(sink, schema) as stream,
+        ):
+            for block in _blocks((row for file in files for row in _read(file)), kinds, schema):
+                stream.write_table(block)
+    except OutputError as error:
         raise DataError(
-            f"{files[0]}: the rows cannot be written to the cache {datasets_config.HF_DATASETS_CACHE}: {cause}. Make "
+            f"{files[0]}: the rows cannot be written to the cache {datasets_config.HF_DATASETS_CACHE}: {error}. Make "
             f"room there, or set HF_DATASETS_CACHE to a folder that can be written"
         ) from error
+    pa.default_memory_pool().release_unused()
 
 
-def _stored_rows(files: list[str], kinds: dict[str, bool], fingerprint: str, layout: int) -> Iterator[Row]:  # noqa: ARG001
-    for file in files:
-        for row in _read(Path(file)):
-            yield {name: _cell(row.get(name), is_text) for name, is_text in kinds.items()}
+def _blocks(rows: Iterator[Row], kinds: dict[str, bool], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Tables of `_BLOCK` bytes or more: opening the file looks at the beginning of each."""
+    parts: list[pa.RecordBatch] = []
+    while batch := list(islice(rows, _BATCH)):
+        cells = [[_cell(row.get(name), is_text) for row in batch] for name, is_text in kinds.items()]
+        parts.append(pa.record_batch(cells, schema=schema))
+        if sum(part.nbytes for part in parts) >= _BLOCK:
+            yield pa.Table.from_batches(parts).combine_chunks()
+            parts = []
+    if parts:
+        yield pa.Table.from_batches(parts).combine_chunks()
 
 
-def _cell(value: Any, is_text: bool) -> str | None:
-    return value if is_text or value is None else json.dumps(value, ensure_ascii=False, default=str)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+def _cell(value: Any, is_text: bool) -> str | bytes | None:
+    return value if is_text or value is None else json.dumps(value, ensure_ascii=False, default=str).encode()

@@ -189,7 +189,7 @@ def _header(names: list[str], path: Path) -> list[str]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False) as file:  # not a whole group of rows at once
             for batch in file.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
     except pa.ArrowException as error:

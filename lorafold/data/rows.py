@@ -5,7 +5,8 @@ The columns decide which (`FORMATS`, the first that fits), or two templates that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypedDict
 
@@ -77,12 +78,14 @@ class RowFormat:
     Attributes:
         required: columns that must be there, each with its aliases after it.
         optional: columns that may be there, each with its aliases after it.
+        is_text: text in each required column is enough.
         convert: (row number, {column: value}) -> Example; the aliases are resolved to the first name, row by row.
     """
 
     required: tuple[tuple[str, ...], ...]
     convert: Callable[[int, dict[str, Any]], Example]
     optional: tuple[tuple[str, ...], ...] = ()
+    is_text: bool = True
 
     def fits(self, columns: Iterable[str]) -> bool:
         """Whether every required column, or an alias of it, is among the columns."""
@@ -106,6 +109,19 @@ class _RowFault(Exception):
     """A row cannot become an example; the message names the column."""
 
 
+@dataclass(frozen=True)
+class Converter:
+    """Makes examples of the rows of one source.
+
+    Attributes:
+        convert: (row number, cells) -> Example.
+        columns: a row with text, and not only white space, in all of these is sound; None where more must hold.
+    """
+
+    convert: Callable[[int, dict[str, Any]], Example]
+    columns: tuple[str, ...] | None
+
+
 def to_examples(
     rows: RowSource,
     *,
@@ -127,22 +143,46 @@ def to_examples(
         DataError: a template names no known column, the columns fit no format, or rows lack required values; each
             fault with the number of rows and the first of them.
     """
+    convert = converter(rows.columns, prompt_template, completion_template)
+    chosen = range(len(rows)) if indices is None else map(int, indices)
+    return list(_converted(((index, rows[index]) for index in chosen), convert, 0))
+
+
+def converter(columns: Sequence[str], prompt_template: str | None, completion_template: str | None) -> Converter:
+    """What turns the rows of a source with these columns into examples; as in `to_examples`."""
     if (prompt_template is None) != (completion_template is None):
         missing = "--completion" if completion_template is None else "--prompt"
         raise ConfigError(f"--prompt and --completion belong together, and {missing} is missing")
     if prompt_template is not None and completion_template is not None:
-        convert = _by_templates(prompt_template, completion_template, rows.columns)
-    else:
-        convert = _by_format(rows.columns)
-    examples, faults = [], {}
-    for index in range(len(rows)) if indices is None else indices:
+        return _by_templates(prompt_template, completion_template, columns)
+    return _by_format(columns)
+
+
+def check_rows(rows: Iterable[tuple[int, dict[str, Any]]], convert: Converter, sound: int) -> None:
+    """Find every row, of numbers with rows, that cannot become an example.
+
+    Args:
+        sound: other rows, of which this is known.
+
+    Raises:
+        DataError: as `to_examples`.
+    """
+    deque(_converted(rows, convert, sound), maxlen=0)
+
+
+def _converted(rows: Iterable[tuple[int, dict[str, Any]]], convert: Converter, good: int) -> Iterator[Example]:
+    """Examples; the faults of all rows are raised after the last."""
+    faults: dict[str, list[int]] = {}
+    for index, row in rows:
         try:
-            examples.append(convert(index, rows[index]))
+            example = convert.convert(index, row)
         except _RowFault as fault:  # noqa: PERF203
             faults.setdefault(str(fault), []).append(index)
+        else:
+            good += 1
+            yield example
     if faults:
-        raise DataError(_fault_message(faults, len(examples)))
-    return examples
+        raise DataError(_fault_message(faults, good))
 
 
 def detect_format(columns: Sequence[str]) -> str:
@@ -163,12 +203,15 @@ def detect_format(columns: Sequence[str]) -> str:
     )
 
 
-def _by_format(columns: Sequence[str]) -> Callable[[int, dict[str, Any]], Example]:
+def _by_format(columns: Sequence[str]) -> Converter:
     row_format = FORMATS[detect_format(columns)]
-    return lambda index, row: row_format.convert(index, row_format.cells(row))
+    first = tuple(next(name for name in names if name in columns) for names in row_format.required)
+    return Converter(
+        lambda index, row: row_format.convert(index, row_format.cells(row)), first if row_format.is_text else None
+    )
 
 
-def _by_templates(prompt: str, completion: str, columns: Sequence[str]) -> Callable[[int, dict[str, Any]], Example]:
+def _by_templates(prompt: str, completion: str, columns: Sequence[str]) -> Converter:
     asked, answered = columns_of(prompt, columns), columns_of(completion, columns)
     if not answered:
         raise ConfigError(f"the completion {completion!r} names no column: every row would have the same answer")
@@ -179,7 +222,7 @@ def _by_templates(prompt: str, completion: str, columns: Sequence[str]) -> Calla
                 raise _RowFault(f"{option}: nothing in {', '.join(map(repr, dict.fromkeys(names)))}")
         return Example(index, "prompt", prompt=fill(prompt, row), completion=fill(completion, row))
 
-    return convert
+    return Converter(convert, tuple({*asked, *answered}))
 
 
 def _fault_message(faults: dict[str, list[int]], good: int) -> str:
@@ -264,8 +307,8 @@ def _plain_text(index: int, cells: dict[str, Any]) -> Example:
 
 # name -> columns and converter; the first whose columns are all there is taken
 FORMATS: dict[str, RowFormat] = {
-    "messages": RowFormat((("messages",),), _messages),
-    "conversations": RowFormat((("conversations",),), _share_gpt),
+    "messages": RowFormat((("messages",),), _messages, is_text=False),
+    "conversations": RowFormat((("conversations",),), _share_gpt, is_text=False),
     "prompt": RowFormat((("prompt",), ("completion",)), _prompt_completion),
     # the aliases are the columns of databricks-dolly
     "instruction": RowFormat(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorafold.data.rendering import Rendered, render, render_request
@@ -75,15 +75,38 @@ class Tokenized:
             f"{_count(len(self.rows), 'row')} of {total:,} tokens, {learned:,} of them supervised "
             f"({learned / max(total, 1):.0%}); template: {', '.join(self.templates)}."
         )
-        if self.cut:
-            said += (
-                f" {_count(self.cut, 'row')} longer than {self.max_length:,} tokens "
-                f"{'was' if self.cut == 1 else 'were'} cut ({_count(self.cut_tokens, 'token')} lost)."
-            )
-        if self.dropped:
-            shown = ", ".join(map(str, self.dropped[:5])) + (", ..." if len(self.dropped) > 5 else "")
-            said += f" {_count(len(self.dropped), 'row')} dropped, with nothing left to learn: {shown}."
-        return said
+        return said + describe_lost(self.cut, self.cut_tokens, self.dropped, self.max_length)
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """What became of one example.
+
+    Attributes:
+        tokens: cut to `max_length`; nothing in it may be supervised.
+        lost: tokens that were cut off.
+        template: as in `Rendered`.
+        answer: number, from 1, of the first supervised token of the whole row, if there is one.
+    """
+
+    tokens: Tokens
+    lost: int
+    template: str
+    answer: int | None
+
+
+def describe_lost(cut: int, cut_tokens: int, dropped: Sequence[int], max_length: int) -> str:
+    """Sentences, each after a space, about the rows that were cut and those that were dropped; see `Tokenized`."""
+    said = ""
+    if cut:
+        said += (
+            f" {_count(cut, 'row')} longer than {max_length:,} tokens {'was' if cut == 1 else 'were'} cut "
+            f"({_count(cut_tokens, 'token')} lost)."
+        )
+    if dropped:
+        shown = ", ".join(map(str, dropped[:5])) + (", ..." if len(dropped) > 5 else "")
+        said += f" {_count(len(dropped), 'row')} dropped, with nothing left to learn: {shown}."
+    return said
 
 
 def tokenize(
@@ -117,19 +140,35 @@ def tokenize(
     if not examples:
         raise DataError("there are no rows to tokenize")
     rows, dropped, lost, needed, templates = [], [], [], [], {}
-    for used, row, ids, mask in _tokenize_all(examples, tokenizer, template, progress):
-        templates[used] = True
-        if supervise == "all":
-            mask = [i > 0 for i in range(len(ids))]
-        if any(mask[:max_length]):
-            rows.append(Tokens(ids[:max_length], mask[:max_length], row))
-            lost.append(max(0, len(ids) - max_length))
+    same: dict[int, int] = {}  # one object for each token of the vocabulary, not one for each token of the rows
+    for row in tokenize_each(examples, tokenizer, template, max_length, supervise, progress):
+        templates[row.template] = True
+        if any(row.tokens.supervised):
+            rows.append(replace(row.tokens, ids=[same.setdefault(i, i) for i in row.tokens.ids]))
+            lost.append(row.lost)
         else:
-            dropped.append(row)
-            needed += [mask.index(True) + 1] if True in mask else []
+            dropped.append(row.tokens.row)
+            needed += [row.answer] if row.answer else []
     if not rows:
         raise _nothing_left(len(examples), max_length, needed)
     return Tokenized(rows, sum(n > 0 for n in lost), sum(lost), dropped, max_length, tuple(templates))
+
+
+def tokenize_each(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    template: str,
+    max_length: int,
+    supervise: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[TokenizedRow]:
+    """Every example as tokens, those with nothing to learn as well; arguments as for `tokenize`."""
+    for used, row, ids, mask in _tokenize_all(examples, tokenizer, template, progress):
+        if supervise == "all":
+            mask = [i > 0 for i in range(len(ids))]
+        answer = mask.index(True) + 1 if True in mask else None
+        tokens = Tokens(ids[:max_length], mask[:max_length], row)
+        yield TokenizedRow(tokens, max(0, len(ids) - max_length), used, answer)
 
 
 def prompt_ids(example: Example | Sequence[Message], tokenizer: Any, template: str = AUTO) -> list[int]:

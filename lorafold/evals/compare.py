@@ -9,7 +9,7 @@ untouched base file against the base model. A folded file must agree with the tr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,7 +83,7 @@ class Agreement:
 def agreement(
     loaded: LoadedModel,
     runtime: Runtime,
-    rows: Sequence[Tokens],
+    rows: Iterable[Tokens],
     max_tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> Agreement:
@@ -118,7 +118,7 @@ def agreement(
     return Agreement(count, kl / count, hits / count, loss_torch / count, loss_runtime / count)
 
 
-def runtime_loss(runtime: Runtime, rows: Sequence[Tokens], progress: Callable[[int], None] | None = None) -> float:
+def runtime_loss(runtime: Runtime, rows: Iterable[Tokens], progress: Callable[[int], None] | None = None) -> float:
     """Mean cross-entropy (nats) per supervised token of a file as its runtime computes it."""
     total, count = 0.0, 0
     for row in rows:

@@ -10,7 +10,7 @@ as the loss, chunk by chunk, and the logits are gone before the next chunk.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import Pack, micro_batches, pack
 from lorafold.data.tokens import Tokens
-from lorafold.kernels import block
+from lorafold.kernels.choice import kernels_for
 from lorafold.models.load import LoadedModel
 from lorafold.quant.linear import QuantLinear
 
@@ -34,8 +34,8 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  #
 
 def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """The loss of each row [S] of logits [S, V], which with `gradient` become its gradient."""
-    if block.usable(logits):
-        return block.cross_entropy_(logits, targets, gradient)
+    if kernels := kernels_for(logits):
+        return kernels.cross_entropy_(logits, targets, gradient)
     wide = logits.float()
     normalizer = wide.logsumexp(-1, keepdim=True)
     losses = normalizer - wide.gather(1, targets[:, None])
@@ -134,26 +134,39 @@ def _general_loss(model: nn.Module, head: nn.Module, hidden: Tensor, targets: Te
     return total
 
 
-@torch.no_grad()
 def evaluate(
     loaded: LoadedModel,
-    rows: Sequence[Tokens],
+    rows: Iterable[Tokens],
     max_tokens: int = 1024,
     progress: Callable[[int], None] | None = None,
     shared: int | None = SHARED,
 ) -> float:
-    """Mean cross-entropy (nats) per supervised token over all rows.
+    """Mean cross-entropy (nats) per supervised token over all rows; arguments as for `loss_sum`."""
+    total, count = loss_sum(loaded, rows, max_tokens, progress, shared)
+    return total / count
+
+
+@torch.no_grad()
+def loss_sum(
+    loaded: LoadedModel,
+    rows: Iterable[Tokens],
+    max_tokens: int = 1024,
+    progress: Callable[[int], None] | None = None,
+    shared: int | None = SHARED,
+) -> tuple[float, int]:
+    """Sum of the cross-entropies (nats) of the supervised tokens of all rows, and their number.
 
     Args:
+        max_tokens: most tokens at once; a longer row stands alone.
         progress: called with the number of rows done after each forward pass.
         shared: as in `pack`.
     """
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64, device=loaded.device), 0
     with head_once(loaded):
         for group in micro_batches(rows, max_tokens, loaded.row_align, shared):
             batch = pack(group, loaded.row_align, shared, WHOLE).to(loaded.device)
-            total += float(pack_loss(loaded, batch))
+            total += pack_loss(loaded, batch)
             count += len(batch.targets)
             if progress:
                 progress(len(group))
-    return total / count
+    return float(total), count

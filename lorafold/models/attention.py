@@ -4,10 +4,11 @@ Registered with transformers under the name `lorafold`; the lengths of the segme
 `segments`, which transformers hands through to the attention function untouched. Each segment attends to itself and to
 its ancestors (`parents`), which stand for what several rows have in common from their start.
 Short rows take two matrix products and a softmax, which on a CPU is faster than the flash kernel (whose
-backward pass costs 2 to 4 times as much below about 512 tokens); long rows take the flash kernel.
+backward pass costs 2 to 4 times as much below about 512 tokens); long rows take the flash kernel. On a GPU, where every
+call costs more than the arithmetic of a short row, a pack is one call with a mask of all its tokens, made once.
 """
 
-# H query heads, K key-value heads, T tokens of a row, D head width
+# H query heads, K key-value heads, N tokens of a pack, T tokens of a row, D head width
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from transformers import AttentionInterface
 NAME = "lorafold"
 KEPT_TOKENS = 640  # the longest row that takes the plain path on a CPU, which keeps attention weights
 _MASK_TOKENS = 640  # the longest row whose mask is kept
+_PACK_TOKENS = 4096  # the longest pack that is one call on a GPU: its mask takes 32 MiB in 16 bits
 
 
 def packed_attention(
@@ -63,6 +65,8 @@ def packed_attention(
         raise ValueError(f"the segments have {sum(lengths)} tokens in all, the pack has {query.shape[2]}")
     if len(lengths) == 1:
         return _attend(query[0], key[0], value[0], scaling, sliding_window)[None], None
+    if _in_one_call(query):
+        return _attend_at_once(query, key, value, scaling, lengths, parents, sliding_window), None
     q, k, v = (tensor[0].split(lengths, dim=1) for tensor in (query, key, value))
     rows = [
         _attend(q[path[-1]], joined(k, path), joined(v, path), scaling, sliding_window)
@@ -86,17 +90,61 @@ def joined(parts: Sequence[Tensor], path: list[int]) -> Tensor:
     return parts[path[0]] if len(path) == 1 else torch.cat([parts[i] for i in path], 1)
 
 
+def _in_one_call(query: Tensor) -> bool:
+    return query.device.type != "cpu" and query.shape[2] <= _PACK_TOKENS
+
+
+def _attend_at_once(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    lengths: list[int],
+    parents: list[int] | None,
+    window: int | None,
+) -> Tensor:
+    """All rows of a pack: q [1, H, N, D], k and v [1, K, N, D] -> [1, N, H, D]."""
+    mask = _pack_mask(tuple(lengths), tuple(parents or [-1] * len(lengths)), window, q.dtype, q.device)
+    k, v = (_for_every_head(x, q.shape[1]) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling).transpose(1, 2)
+
+
+def _for_every_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [1, K, M, D] as [1, H, M, D]: with a mask torch's fast kernels of a GPU share none."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+@lru_cache(maxsize=2)  # a model has one window, and layers without one
+def _pack_mask(
+    lengths: tuple[int, ...], parents: tuple[int, ...], window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[N, N]: 0 where a token of a pack may look, -inf elsewhere."""
+    with torch.inference_mode(False):  # a mask made while evaluating is used again in training
+        ancestors, places = torch.zeros(len(lengths), len(lengths), dtype=torch.bool), []
+        for path in paths(list(parents)):
+            ancestors[path[-1], path] = True
+            before = sum(lengths[i] for i in path[:-1])
+            places.append(torch.arange(before, before + lengths[path[-1]]))
+        segment = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        segment, place, ancestors = (x.to(device, non_blocking=True) for x in (segment, torch.cat(places), ancestors))
+        distance = place[:, None] - place
+        visible = ancestors[segment[:, None], segment] & (distance >= 0) & (distance < (window or len(place)))
+        return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
     """One row: q [H, T, D], k and v [K, M, D] -> [T, H, D]."""
     heads, tokens, width = q.shape
     kv_heads, seen, _ = k.shape
     windowed = window is not None and seen > window
     if q.device.type != "cpu" or tokens > KEPT_TOKENS:
-        mask = _mask(tokens, seen, window if windowed else None, torch.bool, q.device)
         causal = tokens == seen and not windowed
-        out = F.scaled_dot_product_attention(
-            q[None], k[None], v[None], None if causal else mask, is_causal=causal, scale=scaling, enable_gqa=True
-        )
+        mask = None if causal else _mask(tokens, seen, window if windowed else None, torch.bool, q.device)
+        k, v = k[None], v[None]
+        if not causal and q.device.type != "cpu":
+            k, v = _for_every_head(k, heads), _for_every_head(v, heads)
+        gqa = k.shape[1] != heads
+        out = F.scaled_dot_product_attention(q[None], k, v, mask, is_causal=causal, scale=scaling, enable_gqa=gqa)
         return out[0].transpose(0, 1)
     grouped = q.reshape(kv_heads, heads // kv_heads * tokens, width)  # the query heads that share a key head
     scores = torch.bmm(grouped * scaling, k.transpose(1, 2)).view(heads, tokens, seen)

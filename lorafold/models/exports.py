@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFWriter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from lorafold.adapters.adapted import AdaptedLayer, adapted_layers
+from lorafold.adapters.adapted import AdaptedLayer, adapted_layers, carriers
 from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.lora import LoRA
+from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.config import AdapterSpec
-from lorafold.errors import AdapterError, FormatError
+from lorafold.errors import AdapterError, FormatError, bullet_list
 from lorafold.files import replacing, replacing_folder
 from lorafold.models.adapter_files import CONFIG, MLX_WEIGHTS, save_adapter, write_adapter_folder
 from lorafold.models.gguf_file import GGUFFile
@@ -32,18 +33,30 @@ from lorafold.models.tensors import save_tensors
 from lorafold.quant.linear import QuantLinear
 
 
-def lora_pairs(loaded: LoadedModel, name: str = "default") -> dict[str, tuple[Tensor, Tensor, float]]:
+def lora_pairs(
+    loaded: LoadedModel, name: str = "default", parameters: bool = False
+) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Every adapted layer as an ordinary LoRA: A [r, in], B [out, r] and its scaling s (delta = s B A).
 
     Where offsets are learned directly, or the file stores them coarsely (K-quants in place, bfloat16), the update that
     was realized is what counts: row g of A marks the inputs of group g, and B is that update.
+
+    Args:
+        parameters: there may be adapters of parameters too, which the caller sees to.
+
+    Raises:
+        AdapterError: there is more than that.
     """
     pairs = {}
+    held = [path for path, c in carriers(loaded.model) if isinstance(c, AdaptedParameter) and name in c.adapters]
+    odd = [] if parameters else [f"{path}: no layer's weight" for path in held]
     for path, layer in adapted_layers(loaded.model):
         if name not in layer.adapters:
             continue
         adapter = layer.adapters[name]
-        if isinstance(adapter, LoRA):
+        if isinstance(adapter, LoRA) and (adapter.dora or not isinstance(layer.base, nn.Linear | QuantLinear)):
+            odd.append(f"{path}: {'DoRA' if adapter.dora else type(layer.base).__name__}")
+        elif isinstance(adapter, LoRA):
             pairs[path] = (*(factor.detach() for factor in adapter.factors()), adapter.scaling)
         elif isinstance(adapter, GroupAdapter):
             assert isinstance(layer.base, QuantLinear)
@@ -56,6 +69,12 @@ def lora_pairs(loaded: LoadedModel, name: str = "default") -> dict[str, tuple[Te
                 pairs[path] = (adapter.group_marks(), _realized(layer, adapter), 1.0)
             else:
                 pairs[path] = (*adapter.expanded(), adapter.scaling)
+    if odd:
+        raise AdapterError(
+            "such an adapter holds nothing but LoRA of linear layers, and here there is more:\n"
+            + bullet_list(odd[:8] + ([f"and {len(odd) - 8} more"] if len(odd) > 8 else []))
+            + "\nexport it for peft, or fold it into a model (lorafold fold)"
+        )
     return pairs
 
 
@@ -76,9 +95,9 @@ def export_peft(loaded: LoadedModel, spec: AdapterSpec, folder: Path, name: str 
     Raises:
         OutputError: it cannot be written.
     """
-    if spec.method == "lora":
+    if spec.method != "qa-lora":
         return save_adapter(folder, loaded, spec, name)
-    pairs = lora_pairs(loaded, name)
+    pairs = lora_pairs(loaded, name, parameters=True)
     ranks = {path: a.shape[0] for path, (a, _, _) in pairs.items()}
     alphas = {path: scaling * ranks[path] for path, (_, _, scaling) in pairs.items()}
     first = next(iter(pairs))

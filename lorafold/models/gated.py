@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.kernels import block
+from lorafold.kernels.choice import kernels_for
 
 # classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x))
 REPLACED = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
@@ -23,18 +23,18 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return block.swiglu(gate, up)
+        return kernels_for(gate).swiglu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return block.swiglu_backward(gate, up, grads[0])
+        return kernels_for(gate).swiglu_backward(gate, up, grads[0])
 
 
 def gated_forward(module: Any, x: Tensor) -> Tensor:
     """The forward pass of a gated block, [..., N] -> [..., N]."""
     gate, up = module.gate_proj(x), module.up_proj(x)
-    gated = _SwiGLU.apply(gate, up) if block.usable(gate) else module.act_fn(gate) * up
+    gated = _SwiGLU.apply(gate, up) if kernels_for(gate) else module.act_fn(gate) * up
     return module.down_proj(gated)
 
 

@@ -94,7 +94,7 @@ def compute_dtype(name: str = "auto", device: str = "cpu") -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
 
 
@@ -170,9 +170,19 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "c
         if fault:
             kind = loaded.model.config.model_type
             raise FormatError(f"{path}: the architecture {kind} cannot be trained here yet: {fault}")
-    nn.Module.to(loaded.model, device)
-    loaded.row_align = 1 if any_length(loaded.model, dtype) else loaded.row_align
+    _move(loaded.model, device)
+    if torch.device(device).type != "cpu" or any_length(loaded.model, dtype):
+        loaded.row_align = 1
     return loaded
+
+
+def _move(model: PreTrainedModel, device: str) -> None:
+    """To another device; a packed head that has the embedding's blocks has them there too."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, QuantLinear) and isinstance(table, QuantEmbedding) and head.blocks is table.blocks:
+        nn.Module.to(table, device)
+        head.packed = table.packed
+    nn.Module.to(model, device)
 
 
 def load_tokenizer_only(model: str | Path) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.kernels import block
+from lorafold.kernels.choice import kernels_for
 
 # classes that compute weight * (x rstd) in this order; Gemma's is another
 REPLACED = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
@@ -22,8 +22,8 @@ REPLACED = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if block.usable(x):
-            out, rstd = block.rms_norm(x, weight, eps)
+        if kernels := kernels_for(x):
+            out, rstd = kernels.rms_norm(x, weight, eps)
             ctx.save_for_backward(x, weight, rstd)
             return out
         wide = x.float()
@@ -34,15 +34,15 @@ class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
-        if block.usable(x):
-            return block.rms_norm_backward(x, weight, rstd, grads[0]), None, None
+        if kernels := kernels_for(x):
+            return kernels.rms_norm_backward(x, weight, rstd, grads[0]), None, None
         normal = x.float() * rstd
         g = (grads[0] * weight).float()
         return (rstd * (g - normal * (g * normal).mean(-1, keepdim=True))).to(x.dtype), None, None
 
 
 class RMSNorm(nn.Module):
-    """RMS normalization over the last dimension with a weight [width] (arXiv 1910.07467), frozen or trained."""
+    """RMS normalization over the last dimension (arXiv 1910.07467); fast with a frozen weight [width]."""
 
     def __init__(self, weight: nn.Parameter, eps: float):
         super().__init__()

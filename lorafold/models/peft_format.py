@@ -161,14 +161,20 @@ def stored_config(model: nn.Module, spec: AdapterSpec, name: str) -> dict[str, A
     if spec.method == "vera":
         wanted = {k: config[k] for k in ("peft_type", "task_type", "r", "target_modules", "bias", "inference_mode")}
         wanted |= {"vera_dropout": spec.lora_dropout, "d_initial": spec.d_initial, "save_projection": True}
-        return wanted | {"modules_to_save": list(spec.modules_to_save) or None}
-    config |= {"use_dora": spec.use_dora, "modules_to_save": list(spec.modules_to_save) or None}
+        return wanted | {"modules_to_save": _whole_modules(model, spec) or None}
+    config |= {"use_dora": spec.use_dora, "modules_to_save": _whole_modules(model, spec) or None}
     parameters = [path for path, _ in _experts(model, name)]
     if parameters:
         config["target_parameters"] = parameters
     attention = [p for path, a in held.items() if isinstance(a, ParameterLoRA) if (p := _attention_name(model, path))]
     config["target_modules"] += [path for path in attention if not path.endswith(".base_layer.out_proj")]
     return config | _ranks(spec, held)
+
+
+def _whole_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Whole names of what `modules_to_save` means: PEFT takes norm for the end of input_layernorm as well."""
+    names = [name for name, _ in model.named_modules() if ".parametrizations" not in name]
+    return [n for n in names if any(n == wanted or n.endswith(f".{wanted}") for wanted in spec.modules_to_save)]
 
 
 def _ranks(spec: AdapterSpec, held: Mapping[str, nn.Module]) -> dict[str, Any]:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from lorafold.quant.ggml import Codec
-from lorafold.quant.kernels import NF4_VALUES
+from lorafold.quant.kernels import INT8_STEP, NF4_VALUES
 
 BLOCK, NESTED = 64, 256
-_INT8_STEP = 7.874015718698502e-3  # 1 / 127
 _TINY = 1e-38
 _HALF_TABLE = 32767.5
 
@@ -36,6 +35,11 @@ def dynamic_values() -> Tensor:
         means = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += means.tolist() + (-means).tolist()
     return torch.tensor(sorted(values))
+
+
+@cache
+def _dynamic_values_on(device: torch.device) -> Tensor:
+    return dynamic_values().to(device)
 
 
 def _nearest(scaled: Tensor, values: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ class NF4Codec(Codec):
     def nested_scale(self, blocks: Tensor, extra: Tensor) -> Tensor:
         """The same from 8-bit codes, with extra float32 [1 + blocks / 256]."""
         shared = extra[1:].repeat_interleave(NESTED)[: blocks.shape[0] * blocks.shape[1]]
-        values = dynamic_values().to(blocks.device)[blocks[..., 0].flatten().long()]
+        values = _dynamic_values_on(blocks.device)[blocks[..., 0].flatten().long()]
         return (values * shared + extra[0]).view(blocks.shape[:2])
 
     def codes(self, blocks: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ class Int8Codec(Codec):
 
     def decode_reference(self, blocks: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
         """Dense [O, I]; there are no offsets."""
-        return (self.codes(blocks)[:, 0] * scale * _INT8_STEP).to(dtype)
+        return (self.codes(blocks)[:, 0] * scale * INT8_STEP).to(dtype)
 
     def encode(self, weight: Tensor) -> Tensor:
         """Blocks [O, 1, 4 + I] of a dense matrix [O, I]; a row of zeros stays one."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.quant import kernels
+from lorafold.quant import gpu, kernels
 
 GROUP = 32
 
@@ -160,6 +160,8 @@ class Codec:
             offset, scale: float32 [O, G], in place of the stored ones.
             room: as many numbers in `dtype`, or more, that a kernel may use for the result.
         """
+        if gpu.usable(blocks, dtype):
+            return gpu.decode(self, blocks, dtype, offset, scale)
         kernel = kernels.usable(self.name, blocks, dtype)
         reads_scale = kernel and kernels.reads_scale(self.name, dtype)
         if scale is None and offset is None and not reads_scale:

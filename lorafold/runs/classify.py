@@ -25,7 +25,17 @@ from lorafold.train.classify import evaluate_classes, train_classes
 from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, rows_per_step, total_steps
 from lorafold.train.memory import peak_bytes, restart_peak
 
-_MEANINGLESS = ("prompt", "completion", "template", "supervise", "memory", "shared_prefix_tokens")
+_MEANINGLESS = (
+    "prompt",
+    "completion",
+    "template",
+    "supervise",
+    "memory",
+    "shared_prefix_tokens",
+    "save_steps",
+    "save_total_limit",
+    "shard_base",
+)
 
 
 def classify(config: RunConfig, display: Display) -> Run:
@@ -70,6 +80,8 @@ def _refuse_meaningless(config: RunConfig) -> None:
         for group in (config.data, config.training)
         if hasattr(group, name) and getattr(group, name) != getattr(type(group), name)
     ]
+    if config.adapter.init_lora_weights == "eva":
+        faults.append("init_lora_weights eva is for language models so far")
     if config.adapter.method == "qa-lora" and not is_quantized(config.model):
         faults.append("qa-lora learns offsets of a quantized base; use --method lora, which takes this model as it is")
     if faults:

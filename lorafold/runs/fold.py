@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lorafold.adapters.adapt import unload
-from lorafold.adapters.adapted import AdaptedParameter, adapted_layers, carriers, plain_parameter
+from lorafold.adapters.adapted import Carrier, adapted_layers, carriers, plain_parameter
 from lorafold.adapters.fold import (
     LEAST_KEPT,
     LayerFold,
@@ -19,9 +19,11 @@ from lorafold.adapters.fold import (
     fold,
     kept_fraction,
     merged_weight,
+    refuse_parameters,
     requantize,
 )
 from lorafold.adapters.lora import LoRA
+from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.adapters.targets import linear_layers
 from lorafold.errors import FoldError, bullet_list
 from lorafold.files import replacing_folder, size_on_disk
@@ -84,8 +86,7 @@ def load_trained(run: Run, dtype: torch.dtype = torch.float32, device: str = "cp
     Raises:
         FormatError, AdapterError: the base is gone, or its weights are not those of the run.
     """
-    labels = adapter_labels(run.adapter)
-    model = run.config.model
+    labels, model = adapter_labels(run.adapter), run.config.model
     loaded = load(model, dtype, device) if labels is None else load_classifier(model, labels, dtype, device)
     load_adapter(loaded, run.adapter)
     return loaded
@@ -106,11 +107,8 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
     loaded = load_trained(run)
     if path.resolve() == loaded.path.resolve():
         raise FoldError(f"{path} is the base of this run, without which it cannot be used again; choose another output")
-    whole = [name for name, carrier in carriers(loaded.model) if isinstance(carrier, AdaptedParameter)]
-    if whole and (loaded.gguf or loaded.mlx or loaded.bnb):
-        raise FoldError(
-            f"{whole[0]} was trained whole, which this format has no place for yet; use the adapter as it is"
-        )
+    if loaded.gguf is not None or loaded.mlx is not None or loaded.bnb is not None:
+        refuse_parameters(loaded.model, "only a transformers folder is folded with these; lorafold export keeps them")
     if labels := adapter_labels(run.adapter):
         return _fold_classifier(loaded, labels, path, to, lossy)
     if loaded.mlx is not None:
@@ -293,25 +291,15 @@ def _dense_report(kept: list[float], size: int) -> FoldReport:
     return FoldReport(kind, len(kept), min(kept), sum(kept) / len(kept), float("nan"), size, 0)
 
 
-def _merged(loaded: LoadedModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Name of each parameter that training changed -> its float32 value before and after."""
-    found = {}
-    for path, carrier in carriers(loaded.model):
-        if isinstance(carrier, AdaptedParameter):
-            before = plain_parameter(loaded.model, path)
-            assert before is not None
-            found[path] = before.float(), carrier(before).float()
-        else:
-            found[f"{path}.weight"] = base_weight(carrier.base), merged_weight(carrier)
-    return found
-
-
 @torch.no_grad()
 def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> FoldReport:
     """Merge a run into a copy of a transformers folder, each weight in the type it had."""
     if to not in (None, *DENSE_TYPES):
         raise FoldError(f"a transformers folder is written in {', '.join(DENSE_TYPES)}, not {to}")
-    changed = _merged(loaded)
+    merges = {
+        path if isinstance(carrier, AdaptedParameter) else f"{path}.weight": (path, carrier)
+        for path, carrier in carriers(loaded.model)
+    }
     kept: list[float] = []
     with replacing_folder(path) as temporary:
         for source in sorted(loaded.path.iterdir()):
@@ -321,13 +309,13 @@ def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -
             with safe_open(source, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 header = file.metadata()
-            for key in tensors.keys() & changed.keys():
-                before, wanted = changed.pop(key)
+            for key in tensors.keys() & merges.keys():
+                before, wanted = _before_and_after(loaded.model, *merges.pop(key))
                 tensors[key] = wanted.to(DENSE_TYPES[to] if to else tensors[key].dtype)
                 kept.append(kept_fraction(tensors[key].float() - before, wanted - before))
             save_tensors(temporary / source.name, tensors, header)
-        if changed:
-            raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(changed)[:5]))
+        if merges:
+            raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(merges)[:5]))
         report = _dense_report(kept, size_on_disk(loaded.path))
         _refuse_loss(report, lossy)
     return _sized(report, path)
@@ -339,8 +327,18 @@ def _fold_classifier(loaded: LoadedModel, labels: list[str], path: Path, to: str
     if to not in (None, *DENSE_TYPES):
         raise FoldError(f"a transformers folder is written in {', '.join(DENSE_TYPES)}, not {to}")
     dtype = DENSE_TYPES[to] if to else stored_type(loaded.path)
-    kept = [kept_fraction(new.to(dtype).float() - old, new - old) for old, new in _merged(loaded).values()]
+    pairs = (_before_and_after(loaded.model, *carrier) for carrier in carriers(loaded.model))
+    kept = [kept_fraction(wanted.to(dtype).float() - before, wanted - before) for before, wanted in pairs]
     report = _dense_report(kept, size_on_disk(loaded.path))
     _refuse_loss(report, lossy)
     save_classifier(unload(loaded.model, merge=True), loaded, labels, dtype, path)
     return _sized(report, path)
+
+
+def _before_and_after(model: nn.Module, path: str, carrier: Carrier) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight or parameter in float32 without its adapters, and with them."""
+    if isinstance(carrier, AdaptedParameter):
+        plain = plain_parameter(model, path)
+        assert plain is not None
+        return plain.detach().float(), carrier(plain).detach().float()
+    return base_weight(carrier.base), merged_weight(carrier)

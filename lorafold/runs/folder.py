@@ -5,6 +5,7 @@ metrics.jsonl   one line per step or evaluation
 samples.jsonl   prompts with the reference and the model's words before and after
 summary.json    the figures, and the hashes of base and data
 adapter/        adapter_config.json, adapter_model.safetensors
+checkpoint-N/   with save_steps: what the run needs to go on after step N, see train/checkpoint.py
 report.html     loss curve and samples
 """
 
@@ -12,8 +13,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import yaml
@@ -37,18 +42,26 @@ class RunFolder:
     """A run folder being written.
 
     Args:
-        path: must not exist, or be an empty folder.
+        path: must not exist, or be an empty folder, unless a run goes on in it.
+        kept: lines of `metrics.jsonl` to keep, where a run goes on.
+
+    Attributes:
+        lines: lines of `metrics.jsonl` by now.
 
     Raises:
         OutputError: the folder holds something already or cannot be made.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, kept: Sequence[str] | None = None):
         self.path = path
-        check_folder(path)
+        self.lines = len(kept or ())
+        if kept is None:
+            check_folder(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._metrics = (path / METRICS).open("w", encoding="utf-8")
+            if kept is not None:
+                write_text(path / METRICS, "".join(f"{line}\n" for line in kept))
+            self._metrics = (path / METRICS).open("a", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}") from None
 
@@ -64,6 +77,7 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
         except OSError as error:
             raise OutputError(f"{self.path / METRICS} cannot be written: {reason(error)}") from error
+        self.lines += 1
 
     def samples(self, samples: list[dict[str, str]]) -> None:
         """Write `samples.jsonl`."""
@@ -74,9 +88,27 @@ class RunFolder:
         """Write `summary.json`."""
         write_text(self.path / SUMMARY, json.dumps(values, indent=2) + "\n")
 
+    def keep_checkpoints(self, count: int) -> None:
+        """Delete all checkpoints but the last ones."""
+        for old in checkpoints(self.path)[:-count]:
+            gone = Path(tempfile.mkdtemp(prefix=f".{old.name}.", suffix=".tmp", dir=self.path))
+            os.replace(old, gone)  # so that what is half deleted does not look like a checkpoint
+            rmtree(gone)
+
     def close(self) -> None:
         """Close `metrics.jsonl`."""
         self._metrics.close()
+
+
+def checkpoint_folder(path: Path, step: int) -> Path:
+    """Where the checkpoint after a step lies in a run folder."""
+    return path / f"checkpoint-{step}"
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """The checkpoints of a run folder, the last one last."""
+    found = {int(name[1]): p for p in path.iterdir() if (name := re.fullmatch(r"checkpoint-(\d+)", p.name))}
+    return [found[step] for step in sorted(found)]
 
 
 def check_folder(path: Path) -> None:
@@ -133,7 +165,8 @@ def read_run(path: Path) -> Run:
         values = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
         summary = json.loads((path / SUMMARY).read_text(encoding="utf-8")) if (path / SUMMARY).exists() else {}
         config = RunConfig.from_dict(values)
-        return Run(path, config, _lines(path / METRICS), _lines(path / SAMPLES), summary)
+        metrics, samples = ([json.loads(line) for line in lines_of(path / name)] for name in (METRICS, SAMPLES))
+        return Run(path, config, metrics, samples, summary)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
 
@@ -150,5 +183,6 @@ def read_trained(path: Path) -> Run:
     return Run(path, RunConfig(str(config.get("base_model_name_or_path")), path, DataConfig(path), spec), [], [], {})
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file that are not empty; none where it is missing."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []

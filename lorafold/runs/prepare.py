@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorafold.config import DataConfig, RowsConfig
 from lorafold.data.read import Rows, has_split, read_rows, split_rows
-from lorafold.data.rows import Example, to_examples
+from lorafold.data.rows import Converter, Example, check_rows, converter, to_examples
+from lorafold.data.stream import KEPT_BYTES, KEPT_ROWS, RowStream
 from lorafold.data.tokens import Tokenized, tokenize
 from lorafold.errors import DataError
 from lorafold.runs.display import Display
 from lorafold.runs.folder import CONFIG, Run, read_run
+
+HELD_OUT_ROWS = 2000  # at most, of a part of the data, where nobody says more
 
 
 @dataclass(frozen=True)
@@ -21,14 +26,14 @@ class PreparedData:
     """Tokens of a run.
 
     Attributes:
-        train, held_out: tokenized rows.
-        examples: the held-out rows before tokenization, for samples.
+        train, held_out: tokenized rows; a stream where there are many.
+        examples: held-out rows before tokenization, for samples; the first of them where there are many.
         fingerprint: sha256 of the training file(s).
         eval_fingerprint: sha256 of the held-out file(s); None when a part of the data was held out.
     """
 
-    train: Tokenized
-    held_out: Tokenized
+    train: Tokenized | RowStream
+    held_out: Tokenized | RowStream
     examples: Sequence[Example]
     fingerprint: str
     eval_fingerprint: str | None
@@ -40,37 +45,44 @@ def prepare(config: DataConfig, tokenizer: Any, seed: int, display: Display) -> 
     Raises:
         DataError: whatever is wrong with the files, rows or templates.
     """
-    rows = read_rows(config.data, _training_split(config))
-    other = _other_rows(config)
+    rows = read_rows(config.data, _training_split(config), display.say)
+    other = _other_rows(config, display)
     if other is None:
-        train, held_index = split_rows(rows, config.eval_fraction, seed, config.limit)
-        held = _examples(rows, held_index[: config.eval_limit], config)
+        train, held = _split(rows, config, seed)
     else:
-        train, held = _first(rows, config.limit), _examples(other, _first(other, config.eval_limit), config)
-    tokenized = _tokenize(_examples(rows, train, config), tokenizer, config)
-    held_out = _tokenize(held, tokenizer, config)
+        train, held = _first(rows, config.limit), _first(other, config.eval_limit)
+    if config.eval_limit is None and len(held) >= HELD_OUT_ROWS:
+        display.say(f"held out are {len(held):,} rows; their loss is measured before and after: see --eval-limit")
+    held_source = rows if other is None else other
+    examples = _examples(held_source, held[:KEPT_ROWS], config)
+    tokenized = _tokenize(rows, train, tokenizer, config, display)
+    held_out = _tokenize(held_source, held, tokenizer, config, display)
     for label, part, source in (("training", tokenized, rows), ("held-out", held_out, other)):
         names = f" ({', '.join(path.name for path in source.sources)})" if config.data.is_dir() and source else ""
         display.say(f"{label} data{names}: {part.describe()}")
-    return PreparedData(tokenized, held_out, held, rows.fingerprint(), other.fingerprint() if other else None)
+    return PreparedData(tokenized, held_out, examples, rows.fingerprint(), other.fingerprint() if other else None)
 
 
-def held_out_rows(run: Run, tokenizer: Any, data: Path | None = None) -> Tokenized:
+def held_out_rows(run: Run, tokenizer: Any, data: Path | None = None) -> Tokenized | RowStream:
     """The held-out rows of a run, or all rows of another file read in the same way.
 
     Raises:
         DataError: as `prepare`, or the run's data have changed since.
     """
-    return _tokenize(held_out_examples(run, data), tokenizer, run.config.data)
+    return _tokenize(*_held_out(run, data), tokenizer, run.config.data, Display(quiet=True))
 
 
 def held_out_examples(run: Run, data: Path | None = None) -> Sequence[Example]:
     """The same before tokenization."""
+    return _examples(*_held_out(run, data), run.config.data)
+
+
+def _held_out(run: Run, data: Path | None) -> tuple[Rows, np.ndarray]:
     config = run.config.data if data is None else replace(run.config.data, eval_data=data)
     rows = _other_rows(config)
     if rows is None:
         rows = read_rows(config.data, _training_split(config))
-        index = split_rows(rows, config.eval_fraction, run.config.training.seed, config.limit)[1][: config.eval_limit]
+        index = _split(rows, config, run.config.training.seed)[1]
     else:
         index = _first(rows, config.eval_limit)
     trained_on = run.summary.get("eval_data_sha256") or run.summary.get("data_sha256")
@@ -79,10 +91,10 @@ def held_out_examples(run: Run, data: Path | None = None) -> Sequence[Example]:
             f"{', '.join(map(str, rows.sources[:3]))}: changed since the run was trained, so its held-out rows are no "
             "longer known; put the old file back, or give other rows with --data"
         )
-    return _examples(rows, index, config)
+    return rows, index
 
 
-def all_rows(config: RowsConfig, tokenizer: Any) -> Tokenized:
+def all_rows(config: RowsConfig, tokenizer: Any, display: Display | None = None) -> Tokenized | RowStream:
     """All rows of the data (up to `limit`), tokenized; of a run folder its held-out rows, as the run read them.
 
     Raises:
@@ -90,8 +102,16 @@ def all_rows(config: RowsConfig, tokenizer: Any) -> Tokenized:
     """
     if (config.data / CONFIG).is_file():
         return held_out_rows(read_run(config.data), tokenizer)
-    rows = read_rows(config.data)
-    return _tokenize(_examples(rows, _first(rows, config.limit), config), tokenizer, config)
+    display = display or Display(quiet=True)
+    rows = read_rows(config.data, say=display.say)
+    return _tokenize(rows, _first(rows, config.limit), tokenizer, config, display)
+
+
+def _split(rows: Rows, config: DataConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the rows to train on, and of those that are held out."""
+    most = HELD_OUT_ROWS if config.eval_limit is None else None
+    train, held = split_rows(rows, config.eval_fraction, seed, config.limit, most)
+    return train, held[: config.eval_limit]
 
 
 def _training_split(config: DataConfig) -> str | None:
@@ -99,26 +119,58 @@ def _training_split(config: DataConfig) -> str | None:
     return "train" if config.data.is_dir() and has_split(config.data, "train") else None
 
 
-def _other_rows(config: DataConfig) -> Rows | None:
+def _other_rows(config: DataConfig, display: Display | None = None) -> Rows | None:
     """Held-out rows that do not come from the training rows: eval_data, or the split of a folder."""
+    say = display.say if display else None
     if config.eval_data is not None:
-        return read_rows(config.eval_data)
+        return read_rows(config.eval_data, say=say)
     if _training_split(config):
         for split in ("valid", "dev", "test"):
             if has_split(config.data, split):
-                return read_rows(config.data, split)
+                return read_rows(config.data, split, say)
     return None
 
 
-def _first(rows: Rows, limit: int | None) -> list[int]:
-    return list(range(len(rows)))[:limit]
+def _first(rows: Rows, limit: int | None) -> np.ndarray:
+    return np.arange(len(rows))[:limit]
 
 
-def _examples(rows: Rows, index: Sequence[int], config: RowsConfig) -> Sequence[Example]:
+def _examples(rows: Rows, index: np.ndarray, config: RowsConfig) -> Sequence[Example]:
     return to_examples(rows, indices=index, prompt_template=config.prompt, completion_template=config.completion)
 
 
-def _tokenize(examples: Sequence[Example], tokenizer: Any, config: RowsConfig) -> Tokenized:
-    return tokenize(
-        examples, tokenizer, template=config.template, max_length=config.max_length, supervise=config.supervise
-    )
+def _tokenize(
+    rows: Rows, index: np.ndarray, tokenizer: Any, config: RowsConfig, display: Display
+) -> Tokenized | RowStream:
+    """Few rows are tokenized, many are checked and tokenized when they are wanted."""
+    options: dict[str, Any] = {
+        "template": config.template,
+        "max_length": config.max_length,
+        "supervise": config.supervise,
+    }
+    if len(index) <= KEPT_ROWS and rows.sizes()[index].sum() <= KEPT_BYTES:
+        return tokenize(_examples(rows, index, config), tokenizer, **options)
+    convert = converter(rows.columns, config.prompt, config.completion)
+    _check(rows, index, convert, display)
+    return RowStream(rows, index, convert, tokenizer, **options)
+
+
+def _check(rows: Rows, index: np.ndarray, convert: Converter, display: Display) -> None:
+    """Look at each row that is not seen to be sound at once."""
+    wanted = np.zeros(len(rows), bool)
+    wanted[index] = True
+    if convert.columns is not None:
+        wanted &= rows.unsure(convert.columns)
+    if not wanted.any():
+        return
+    with display.bar("checking rows", len(rows)) as advance:
+        check_rows(_chosen(rows, wanted, advance), convert, len(index) - int(wanted.sum()))
+
+
+def _chosen(rows: Rows, wanted: np.ndarray, advance: Callable[[int], None]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Wanted rows with their numbers."""
+    for number, row in enumerate(rows):
+        if wanted[number]:
+            yield number, row
+        if (number + 1) % 1000 == 0:
+            advance(1000)

@@ -2,164 +2,321 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from lorafold.adapters.inject import Injection, inject
+from lorafold.adapters.inject import Injection
 from lorafold.config import RunConfig
 from lorafold.data.rows import Example
+from lorafold.data.stream import RowStream
 from lorafold.data.tokens import prompt_ids
 from lorafold.errors import ConfigError, TrainingError
 from lorafold.evals.generate import generate
-from lorafold.evals.loss import evaluate
+from lorafold.evals.loss import loss_sum
 from lorafold.models.adapter_files import save_adapter
 from lorafold.models.load import LoadedModel, compute_dtype, load
+from lorafold.runs.blocks import find_blocks
 from lorafold.runs.display import Display, training_note
-from lorafold.runs.folder import ADAPTER, Run, RunFolder, check_folder, read_run
+from lorafold.runs.eva import inject_for
+from lorafold.runs.folder import (
+    ADAPTER,
+    SAMPLES,
+    Run,
+    RunFolder,
+    check_folder,
+    checkpoint_folder,
+    lines_of,
+    read_run,
+)
 from lorafold.runs.prepare import PreparedData, prepare
 from lorafold.runs.report import write_report
+from lorafold.runs.resume import Left, check_same_learning, left_of, sweep
 from lorafold.train.budget import Plan
-from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, plan_step, rows_per_step, total_steps, train_steps
+from lorafold.train.checkpoint import State, restore_training, save_checkpoint
+from lorafold.train.distributed import ALONE, Workers, joined
+from lorafold.train.loop import (
+    MICRO_BATCH_TOKENS,
+    Step,
+    make_optimizer,
+    plan_step,
+    rows_per_step,
+    total_steps,
+    train_steps,
+)
 from lorafold.train.memory import peak_bytes, restart_peak
+from lorafold.train.sharding import ShardedBase
 
 
-def start(config: RunConfig, display: Display) -> Run:
-    """Train as configured and write the run folder.
+def start(config: RunConfig, display: Display, resume: bool = False) -> Run:
+    """Train as configured, in this process alone, and write the run folder.
+
+    Args:
+        resume: go on with the run in the output folder from its last checkpoint, or begin it where there is none.
 
     Raises:
         LoraFoldError: something in the input is wrong (nothing is written then), or training cannot go on (the run
             folder then holds the last good adapter).
     """
+    run = _start(config, display, resume, ALONE)
+    assert run is not None
+    return run
+
+
+def start_worker(config: RunConfig, display: Display, resume: bool = False) -> Run | None:
+    """The same as one of the workers that torchrun has started, or alone; None for all but the first of them."""
+    with joined() as workers:
+        return _start(config, display if workers.first else Display(quiet=True), resume, workers)
+
+
+def _start(config: RunConfig, display: Display, resume: bool, workers: Workers) -> Run | None:
     began = time.perf_counter()
     restart_peak()
     config = config.resolved()
-    check_folder(config.output_dir)
-    device = pick_device(config.training.device)
-    loaded = load(config.model, compute_dtype(config.training.dtype, device), device)
-    display.say(f"model: {loaded.path.name} in {str(loaded.dtype).removeprefix('torch.')} on {device}")
-    data = prepare(config.data, loaded.tokenizer, config.training.seed, display)
-    seeded(config.training.seed)
-    injection = inject(loaded.model, config.adapter)
-    display.say(f"adapter: {config.adapter.label}, {injection.describe()}")
-    folder = RunFolder(config.output_dir)
-    folder.config(config)
-    try:
-        summary = _run(config, loaded, data, injection, folder, display)
-    finally:
-        folder.close()
-    summary["wall_seconds"] = time.perf_counter() - began
-    folder.summary(summary)
-    run = read_run(folder.path)
+    with workers.together():
+        left = left_of(config, workers.count) if resume else None
+        if left is None and workers.first:
+            check_folder(config.output_dir)
+    workers.agree(left.step if left is not None else 0, f"the workers do not all see the run in {config.output_dir}")
+    if left is None or not left.finished:
+        with workers.together():
+            session = _prepare(config, display, left or Left(), workers)
+        workers.agree(int(session.data.fingerprint[:15], 16), "the workers have read different training data")
+        with workers.together():
+            session.folder = _folder(config, left) if workers.first else None
+        summary = session.run()
+        if session.folder is not None:
+            session.folder.summary({**summary, "wall_seconds": time.perf_counter() - began})
+    elif workers.first:
+        display.say(f"{config.output_dir} holds a finished run: nothing is left to do")
+    if not workers.first:
+        return None
+    run = read_run(config.output_dir)
     display.say(f"report: {write_report(run)}")
     return run
 
 
-def _run(
-    config: RunConfig,
-    loaded: LoadedModel,
-    data: PreparedData,
-    injection: Injection,
-    folder: RunFolder,
-    display: Display,
-) -> dict[str, Any]:
-    training, held_out = config.training, data.held_out.rows
+def _folder(config: RunConfig, left: Left | None) -> RunFolder:
+    if left is not None and config.output_dir.is_dir():
+        sweep(config.output_dir)
+    folder = RunFolder(config.output_dir, None if left is None else left.metrics)
+    folder.config(config)
+    if config.training.save_total_limit:
+        folder.keep_checkpoints(config.training.save_total_limit)
+    return folder
+
+
+def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) -> _Session:
+    """Model, adapter and rows of a run; nothing is written."""
+    device = workers.take_device(pick_device(config.training.device))
+    loaded = _load(config, display, workers, device)
+    data = prepare(config.data, loaded.tokenizer, config.training.seed, display)
+    rows = data.train.rows
+    check_same_learning(left, train_rows=len(rows), data_sha256=data.fingerprint, dtype=_name(loaded.dtype))
+    seeded(config.training.seed)
+    injection = inject_for(loaded, config.adapter, rows)
+    display.say(f"adapter: {config.adapter.label}, {injection.describe()}")
+    if config.training.shard_base:
+        base = ShardedBase([block for _, block in find_blocks(loaded.model)], workers, device)
+        nn.Module.to(loaded.model, device)
+        workers = replace(workers, sharded=True)
+        display.say(f"base: {base.held / 1e6:.1f} MB of its blocks on each worker, gathered one block at a time")
+    optimizer = make_optimizer(loaded, config.training)
+    if left.checkpoint is not None:
+        restore_training(left.checkpoint, loaded, optimizer)
+        display.say(f"resumed from {left.checkpoint}")
     loading = peak_bytes()  # planning counts anew
-    plan = plan_step(loaded, data.train.rows, training)
+    plan = left.plan or plan_step(loaded, rows, config.training)
     display.say(plan.describe())
-    before = _evaluate(loaded, held_out, display, folder, config, plan, 0)
-    display.say(f"held-out loss before: {before:.4f}")
-    asked = data.examples[: training.sample_rows]
-    samples_before = sample(loaded, asked, config, display, "samples before")
-    steps = _train(config, loaded, data, folder, display, plan, before)
-    save_adapter(folder.path / ADAPTER, loaded, config.adapter)
-    after = _evaluate(loaded, held_out, display, folder, config, plan, len(steps))
-    display.say(f"held-out loss after: {after:.4f} (before: {before:.4f})")
-    samples_after = sample(loaded, asked, config, display, "samples after")
-    folder.samples(
-        [
-            {"prompt": prompt_text(e), "reference": reference_text(e), "before": b, "after": a}
-            for e, b, a in zip(asked, samples_before, samples_after, strict=True)
-        ]
-    )
-    seconds = sum(step.seconds for step in steps)
-    return {
-        "eval_loss_before": before,
-        "eval_loss_after": after,
-        "trainable_parameters": injection.trainable,
-        "samples_per_second": sum(step.rows for step in steps) / seconds,
-        "tokens_per_second": sum(step.tokens for step in steps) / seconds,
-        "peak_memory_bytes": max(loading, peak_bytes()),
-        "train_seconds": seconds,
-        "steps": len(steps),
-        "rows_per_step": rows_per_step(training),
-        "train_rows": len(data.train.rows),
-        "eval_rows": len(held_out),
-        "eval_tokens": sum(sum(row.supervised) for row in held_out),
-        "cut_rows": data.train.cut,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "promoted_tensors": len(injection.promoted.codecs),
-        "added_bytes": injection.promoted.added_bytes,
-        "base_weights_sha256": loaded.weights_hash(),
-        "data_sha256": data.fingerprint,
-        "eval_data_sha256": data.eval_fingerprint,
-    }
+    return _Session(config, display, workers, loaded, data, injection, optimizer, plan, loading, left)
 
 
-def _train(
-    config: RunConfig,
-    loaded: LoadedModel,
-    data: PreparedData,
-    folder: RunFolder,
-    display: Display,
-    plan: Plan,
-    before: float,
-) -> list[Step]:
-    training, rows = config.training, data.train.rows
-    total = total_steps(len(rows), training)
-    steps: list[Step] = []
-    try:
-        with display.bar("training", total) as advance:
-            for step in train_steps(loaded, rows, training, plan):
-                steps.append(step)
-                folder.metric(**step.__dict__)
-                advance(1, training_note(step.loss, step.tokens / step.seconds))
-                if training.eval_steps and step.step % training.eval_steps == 0 and step.step < total:
-                    loaded.model.eval()
-                    loss = _evaluate(loaded, data.held_out.rows, display, folder, config, plan, step.step)
-                    display.say(f"step {step.step}: held-out loss {loss:.4f} (before: {before:.4f})")
-    except TrainingError as error:
-        save_adapter(folder.path / ADAPTER, loaded, config.adapter)
-        raise TrainingError(
-            f"{error}. Training stopped; {folder.path / ADAPTER} holds the adapter as it was after step {len(steps)}. "
-            "A lower learning_rate is the usual cure."
-        ) from error
-    except BaseException:  # Ctrl-C and the like: what was learned so far is kept
-        if steps:
-            save_adapter(folder.path / ADAPTER, loaded, config.adapter)
-            display.say(
-                f"stopped after step {len(steps)} of {total}; {folder.path / ADAPTER} holds the adapter as it is"
+def _load(config: RunConfig, display: Display, workers: Workers, device: str) -> LoadedModel:
+    """The model where it is computed, or, if it is to be shared out, in the memory of the CPU: it may not fit a GPU."""
+    training = config.training
+    if training.shard_base and workers.count == 1:
+        raise ConfigError("shard_base shares the base out among workers, and this process is alone: start torchrun")
+    if training.shard_base and training.memory is not None:
+        raise ConfigError("memory is measured with a whole base; with shard_base give micro_batch_tokens instead")
+    loaded = load(config.model, compute_dtype(training.dtype, device), "cpu" if training.shard_base else device)
+    display.say(f"model: {loaded.path.name} in {_name(loaded.dtype)} on {device}")
+    if workers.count > 1:
+        display.say(f"{workers.count} workers, {rows_per_step(training, workers.count)} rows a step")
+    return loaded
+
+
+@dataclass
+class _Session:
+    """A run with everything in memory that it needs.
+
+    Attributes:
+        loading: memory that took, in bytes.
+        left: what an earlier process has done of it.
+        folder: the run folder, for the first worker.
+    """
+
+    config: RunConfig
+    display: Display
+    workers: Workers
+    loaded: LoadedModel
+    data: PreparedData
+    injection: Injection
+    optimizer: torch.optim.Optimizer
+    plan: Plan
+    loading: int
+    left: Left
+    folder: RunFolder | None = None
+    steps: list[Step] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        lines = map(json.loads, self.left.metrics)
+        self.steps = [Step(**values) for values in lines if "loss" in values]
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate, train, evaluate; the figures for `summary.json`."""
+        try:
+            before = self._before()
+            self._train(before)
+            self._save_adapter()
+            after = self._evaluate(len(self.steps))
+            self.display.say(f"held-out loss after: {after:.4f} (before: {before:.4f})")
+            self._sample("after")
+        finally:
+            if self.folder is not None:
+                self.folder.close()
+        return {"eval_loss_before": before, "eval_loss_after": after, **self._figures()}
+
+    def _before(self) -> float:
+        """The held-out loss of the model as it was before training; samples of it are in the run folder afterwards."""
+        if self.left.metrics:
+            return json.loads(self.left.metrics[0])["eval_loss"]
+        before = self._evaluate(0)
+        self.display.say(f"held-out loss before: {before:.4f}")
+        self._sample("before")
+        return before
+
+    def _train(self, before: float) -> None:
+        training, rows, done = self.config.training, self.data.train.rows, len(self.steps)
+        total = total_steps(len(rows), training, self.workers.count)
+        running = train_steps(self.loaded, rows, training, self.plan, self.optimizer, done, self.workers)
+        adapter = self.config.output_dir / ADAPTER
+        try:
+            with self.display.bar("training", total) as advance:
+                advance(done)
+                for step in running:
+                    self.steps.append(step)
+                    self._metric(**step.__dict__)
+                    advance(1, training_note(step.loss, step.tokens / step.seconds))
+                    if training.eval_steps and step.step % training.eval_steps == 0 and step.step < total:
+                        self.loaded.model.eval()
+                        loss = self._evaluate(step.step)
+                        self.display.say(f"step {step.step}: held-out loss {loss:.4f} (before: {before:.4f})")
+                    if training.save_steps and step.step % training.save_steps == 0:
+                        self._save(step.step)
+        except TrainingError as error:
+            self._save_adapter()
+            raise TrainingError(
+                f"{error}. Training stopped; {adapter} holds the adapter as it was after step {len(self.steps)}. "
+                "A lower learning_rate is the usual cure."
+            ) from error
+        except BaseException:  # Ctrl-C and the like: what was learned so far is kept
+            if self.steps and self.folder is not None:
+                save_adapter(adapter, self.loaded, self.config.adapter)
+                again = "; --resume goes on from the last checkpoint" if training.save_steps else ""
+                self.display.say(
+                    f"stopped after step {len(self.steps)} of {total}; {adapter} holds the adapter as it is{again}"
+                )
+            raise
+        finally:
+            if isinstance(rows, RowStream):
+                self.display.say(f"training data: {rows.describe_met()}")
+
+    def _save_adapter(self) -> None:
+        with self.workers.together():
+            if self.folder is not None:
+                save_adapter(self.folder.path / ADAPTER, self.loaded, self.config.adapter)
+
+    def _save(self, step: int) -> None:
+        with self.workers.together():
+            if self.folder is None:
+                return
+            training = self.config.training
+            state = State(
+                step=step,
+                metrics=self.folder.lines,
+                rows_per_step=rows_per_step(training, self.workers.count),
+                train_rows=len(self.data.train.rows),
+                data_sha256=self.data.fingerprint,
+                dtype=_name(self.loaded.dtype),
+                plan=self.plan,
             )
-        raise
-    return steps
+            path = checkpoint_folder(self.folder.path, step)
+            save_checkpoint(path, self.loaded, self.config.adapter, self.optimizer, state)
+            if training.save_total_limit:
+                self.folder.keep_checkpoints(training.save_total_limit)
+
+    def _metric(self, **values: Any) -> None:
+        with self.workers.together():
+            if self.folder is not None:
+                self.folder.metric(**values)
+
+    def _evaluate(self, step: int) -> float:
+        rows = self.workers.every(self.data.held_out.rows)
+        most, shared = min(self.plan.micro_batch_tokens, MICRO_BATCH_TOKENS), self.config.training.shared_prefix_tokens
+        with self.display.bar("evaluating", len(rows)) as advance:
+            total, count = loss_sum(self.loaded, rows, most, progress=advance, shared=shared or None)
+        total, count = self.workers.total(total, count)
+        self._metric(step=step, eval_loss=total / count)
+        return total / count
+
+    def _sample(self, when: str) -> None:
+        """Let the first worker put what the model says to held-out prompts in the run folder."""
+        with self.workers.together():
+            asked = self.data.examples[: self.config.training.sample_rows]
+            if self.folder is None and not self.workers.sharded:
+                return
+            words = sample(self.loaded, asked, self.config, self.display, f"samples {when}")
+            if self.folder is None:
+                return
+            if when == "before":
+                samples = [{"prompt": prompt_text(e), "reference": reference_text(e)} for e in asked]
+            else:
+                samples = [json.loads(line) for line in lines_of(self.folder.path / SAMPLES)]
+            self.folder.samples([{**s, when: text} for s, text in zip(samples, words, strict=True)])
+
+    def _figures(self) -> dict[str, Any]:
+        steps, data = self.steps, self.data
+        seconds = sum(step.seconds for step in steps)
+        return {
+            "trainable_parameters": self.injection.trainable,
+            "samples_per_second": sum(step.rows for step in steps) / seconds,
+            "tokens_per_second": sum(step.tokens for step in steps) / seconds,
+            "peak_memory_bytes": max(self.loading, peak_bytes()),
+            "train_seconds": seconds,
+            "steps": len(steps),
+            "resumed_from": self.left.step,
+            "workers": self.workers.count,
+            "rows_per_step": rows_per_step(self.config.training, self.workers.count),
+            "train_rows": len(data.train.rows),
+            "eval_rows": len(data.held_out.rows),
+            "eval_tokens": sum(sum(row.supervised) for row in data.held_out.rows),
+            "cut_rows": data.train.cut,
+            "dtype": _name(self.loaded.dtype),
+            "promoted_tensors": len(self.injection.promoted.codecs),
+            "added_bytes": self.injection.promoted.added_bytes,
+            "base_weights_sha256": self.loaded.weights_hash(),
+            "data_sha256": data.fingerprint,
+            "eval_data_sha256": data.eval_fingerprint,
+        }
 
 
-def _evaluate(
-    loaded: LoadedModel,
-    rows: Sequence[Any],
-    display: Display,
-    folder: RunFolder,
-    config: RunConfig,
-    plan: Plan,
-    step: int,
-) -> float:
-    most, shared = min(plan.micro_batch_tokens, MICRO_BATCH_TOKENS), config.training.shared_prefix_tokens or None
-    with display.bar("evaluating", len(rows)) as advance:
-        loss = evaluate(loaded, rows, most, progress=advance, shared=shared)
-    folder.metric(step=step, eval_loss=loss)
-    return loss
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def sample(

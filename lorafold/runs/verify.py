@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,7 +231,7 @@ def _figures(a: Agreement) -> str:
 def verify_runtime(
     path: Path,
     run: Run,
-    rows: Sequence[Tokens],
+    rows: Iterable[Tokens],
     display: Display,
     tokens: int = RUNTIME_TOKENS,
 ) -> RuntimeProof:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorafold.adapters.adapted import adapted_layers, parameters_once
 from lorafold.data.packs import pack
 from lorafold.data.tokens import Tokens
-from lorafold.errors import TrainingError
+from lorafold.errors import DataError, TrainingError
 from lorafold.evals.loss import WHOLE, pack_loss
 from lorafold.models.attention import KEPT_TOKENS
 from lorafold.models.load import LoadedModel
@@ -38,11 +38,13 @@ class Plan:
         micro_batch_tokens: most tokens at once; a longer row stands alone.
         checkpointing: whether blocks are computed again in the backward pass.
         budget: bytes that the process may have; None where nobody said.
+        longest: tokens of the longest row that fits the budget.
     """
 
     micro_batch_tokens: int
     checkpointing: bool
     budget: int | None = None
+    longest: int | None = None
 
     def describe(self) -> str:
         """For the user."""
@@ -82,12 +84,26 @@ def plan_within(
     finally:
         loaded.model.train(training)
     if tokens >= longest:
-        return Plan(min(tokens, most), checkpointing, budget)
+        return Plan(min(tokens, most), checkpointing, budget, tokens)
     needed = (fixed + each * (longest + WHOLE)) / (1 - _SPARE)
     raise TrainingError(
         f"memory: the longest row has {longest} tokens, which takes {needed / 1e9:.2f} GB with this model and "
         f"adapter, and {budget / 1e9:.2f} GB are allowed; allow more, or cut rows with a smaller max_length"
     )
+
+
+def check_fits(plan: Plan, rows: Sequence[Tokens]) -> None:
+    """Refuse a row that was not known when the plan was made and does not fit the budget.
+
+    Raises:
+        DataError: names the row.
+    """
+    longest = max(rows, key=len)
+    if plan.longest is not None and len(longest) > plan.longest:
+        raise DataError(
+            f"memory: row {longest.row} of the data has {len(longest):,} tokens, and {plan.longest:,} fit the memory "
+            "that is allowed; allow more, or cut rows with a smaller max_length"
+        )
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from lorafold.errors import TrainingError
 from lorafold.evals.classes import Scores, scores
 from lorafold.evals.loss import WHOLE, hidden_states
 from lorafold.models.load import LoadedModel
-from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, epoch_batches, total_steps
+from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, epoch_batches, make_optimizer, total_steps
 from lorafold.train.memory import keep_freed_memory
 from lorafold.train.schedule import learning_rate_at
 
@@ -102,8 +102,7 @@ def train_classes(loaded: LoadedModel, rows: Sequence[Labelled], config: Trainin
         TrainingError: a loss or gradient is not finite; the parameters are those before that step.
     """
     assert config.learning_rate is not None
-    parameters = [p for p in loaded.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(loaded, config)
     keep_freed_memory()
     torch.manual_seed(config.seed)
     total, order = total_steps(len(rows), config), epoch_batches(len(rows), config)
@@ -116,7 +115,7 @@ def train_classes(loaded: LoadedModel, rows: Sequence[Labelled], config: Trainin
             loaded.model.train()
             batch = [rows[i] for i in next(order)]
             rate = learning_rate_at(step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
-            yield _one_step(loaded, batch, optimizer, parameters, config, step + 1, rate)
+            yield _one_step(loaded, batch, optimizer, config, step + 1, rate)
     finally:
         gc.unfreeze()
         loaded.model.eval()
@@ -126,7 +125,6 @@ def _one_step(
     loaded: LoadedModel,
     rows: list[Labelled],
     optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
     config: TrainingConfig,
     step: int,
     rate: float,
@@ -139,12 +137,13 @@ def _one_step(
             loss = F.cross_entropy(logits_of_rows(loaded, batch), labels, reduction="sum") / len(rows)
             loss.backward()
             total += float(loss.detach())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
     if not math.isfinite(total) or not math.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
         raise TrainingError(f"the loss is {total} and the gradient norm {norm} at step {step}, rows {numbers}")
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(len(row.ids) for row in rows)

@@ -6,25 +6,31 @@ micro-batches together; so batch size, accumulation and packing can be traded fo
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lorafold.adapters.adapted import parameters_once
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import micro_batches, pack
+from lorafold.data.stream import RowStream, row_batches
 from lorafold.data.tokens import Tokens
-from lorafold.errors import TrainingError
+from lorafold.errors import ConfigError, TrainingError
 from lorafold.evals.loss import WHOLE, head_once, pack_loss
 from lorafold.models.load import LoadedModel
-from lorafold.train.budget import Plan, checkpointed, plan_within
-from lorafold.train.memory import keep_freed_memory
+from lorafold.train.budget import Plan, check_fits, checkpointed, plan_within
+from lorafold.train.distributed import ALONE, Workers
+from lorafold.train.memory import free_at_once, keep_freed_memory
 from lorafold.train.schedule import learning_rate_at
 
 MICRO_BATCH_TOKENS = 1024  # where nobody says more
@@ -53,27 +59,27 @@ class Step:
     seconds: float
 
 
-def rows_per_step(config: TrainingConfig) -> int:
-    """Rows of one optimizer step."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+def rows_per_step(config: TrainingConfig, workers: int = 1) -> int:
+    """Rows of one optimizer step, over all workers."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * workers
 
 
-def total_steps(n_rows: int, config: TrainingConfig) -> int:
+def total_steps(n_rows: int, config: TrainingConfig, workers: int = 1) -> int:
     """Optimizer steps of a run; the last step of an epoch may have fewer rows."""
-    per_epoch = math.ceil(n_rows / rows_per_step(config))
+    per_epoch = math.ceil(n_rows / rows_per_step(config, workers))
     return config.max_steps or max(1, math.ceil(per_epoch * config.num_train_epochs))
 
 
-def epoch_batches(n_rows: int, config: TrainingConfig) -> Iterator[list[int]]:
+def epoch_batches(n_rows: int, config: TrainingConfig, workers: int = 1) -> Iterator[list[int]]:
     """Row numbers of each step, without end; every epoch is a new permutation drawn from the seed."""
     generator = torch.Generator().manual_seed(config.seed)
-    size = rows_per_step(config)
+    size = rows_per_step(config, workers)
     while True:
-        order = torch.randperm(n_rows, generator=generator).tolist()
-        yield from (order[i : i + size] for i in range(0, n_rows, size))
+        order = torch.randperm(n_rows, generator=generator)
+        yield from (order[i : i + size].tolist() for i in range(0, n_rows, size))
 
 
-def plan_step(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingConfig) -> Plan:
+def plan_step(loaded: LoadedModel, rows: Sequence[Tokens] | RowStream, config: TrainingConfig) -> Plan:
     """How many tokens are computed at once, and whether blocks are computed again.
 
     Raises:
@@ -82,14 +88,38 @@ def plan_step(loaded: LoadedModel, rows: Sequence[Tokens], config: TrainingConfi
     if config.memory_bytes is None:
         return Plan(config.micro_batch_tokens or MICRO_BATCH_TOKENS, config.gradient_checkpointing)
     most = config.micro_batch_tokens or LARGEST_MICRO_BATCH
-    return plan_within(config.memory_bytes, loaded, rows, most, config.gradient_checkpointing)
+    known = rows.sample if isinstance(rows, RowStream) else rows
+    return plan_within(config.memory_bytes, loaded, known, most, config.gradient_checkpointing)
+
+
+def make_optimizer(loaded: LoadedModel, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over every parameter that requires a gradient; with LoRA+ (arXiv 2402.12354) B learns faster than A.
+
+    `lr_scale` of a group is its share of the learning rate.
+
+    Raises:
+        ConfigError: LoRA+ is asked for and nothing that is trained is a B.
+    """
+    assert config.learning_rate is not None
+    trained = {name: p for name, p in loaded.model.named_parameters() if p.requires_grad}
+    ratio = config.loraplus_lr_ratio
+    faster = [p for name, p in trained.items() if ratio and name.rpartition(".")[2].endswith("_B")]
+    if ratio and not faster:
+        raise ConfigError("loraplus_lr_ratio is for adapters with a B, and this one has none; leave it out")
+    chosen = {id(p) for p in faster}
+    groups: list[dict[str, Any]] = [{"params": [p for p in trained.values() if id(p) not in chosen], "lr_scale": 1.0}]
+    groups += [{"params": faster, "lr_scale": ratio}] if faster else []
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def train_steps(
     loaded: LoadedModel,
-    rows: Sequence[Tokens],
+    rows: Sequence[Tokens] | RowStream,
     config: TrainingConfig,
     plan: Plan | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    done: int = 0,
+    workers: Workers = ALONE,
 ) -> Iterator[Step]:
     """Train the model's adapters, yielding after each optimizer step.
 
@@ -98,32 +128,33 @@ def train_steps(
         rows: tokenized rows.
         config: with `learning_rate` resolved.
         plan: how steps are computed, if that is known already.
+        optimizer: from `make_optimizer`, with its state after the steps that are done.
+        done: steps of the run that the model and the optimizer have behind them.
+        workers: who shares the rows of each step; each of them yields the same steps.
 
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those before that step. Or the longest row
             does not fit the memory that is allowed.
+        DataError: a row of a stream turns out to be unusable, or too long for the memory that is allowed.
     """
     assert config.learning_rate is not None
-    parameters = [p for p in loaded.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = optimizer or make_optimizer(loaded, config)
     plan = plan or plan_step(loaded, rows, config)
-    if plan.budget is None:  # otherwise planning has seen to it
-        keep_freed_memory()
-    torch.manual_seed(config.seed)
-    total = total_steps(len(rows), config)
+    (keep_freed_memory if plan.budget is None else free_at_once)()
+    total = total_steps(len(rows), config, workers.count)
     shared = None if drops_out(loaded.model) else config.shared_prefix_tokens or None
-    batches = epoch_batches(len(rows), config)
+    batches = row_batches(rows, islice(epoch_batches(len(rows), config, workers.count), done, total))
     loaded.model.train()
     gc.collect()
     gc.freeze()  # the collector would walk through the model and all imported modules several times a step
     try:
         with checkpointed(loaded, plan.checkpointing):
-            for step in range(total):
-                batch = [rows[i] for i in next(batches)]
+            for step, batch in enumerate(batches, done):
+                check_fits(plan, batch)
                 rate = learning_rate_at(
                     step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
                 )
-                yield _one_step(loaded, batch, optimizer, parameters, config, plan, shared, step + 1, rate)
+                yield _one_step(loaded, batch, optimizer, config, plan, shared, step + 1, rate, workers)
                 loaded.model.train()  # whoever evaluated in between switched to evaluation mode
     finally:
         gc.unfreeze()
@@ -134,39 +165,77 @@ def _one_step(
     loaded: LoadedModel,
     batch: list[Tokens],
     optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
     config: TrainingConfig,
     plan: Plan,
     shared: int | None,
     step: int,
     rate: float,
+    workers: Workers,
 ) -> Step:
     began = time.perf_counter()
+    _seed_step(loaded.device, config.seed, step, workers.rank)
     supervised = sum(sum(row.supervised) for row in batch)
-    total_loss = 0.0
-    if shared is not None:
-        batch = sorted(batch, key=lambda row: row.ids)  # neighbours have most in common
-    with parameters_once(loaded.model), head_once(loaded):
-        for group in micro_batches(batch, plan.micro_batch_tokens, loaded.row_align, shared):
-            loss = pack_loss(loaded, pack(group, loaded.row_align, shared, WHOLE).to(loaded.device))
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                optimizer.zero_grad(set_to_none=True)
-                raise TrainingError(f"the loss is {value} at step {step}, {_culprits(loaded, group)}")
-            (loss / supervised).backward()
-            total_loss += value
     limit = config.max_grad_norm or math.inf
-    norm = float(nn.utils.clip_grad_norm_(parameters, limit))
-    if not math.isfinite(norm):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        with workers.together(TrainingError):
+            total_loss = _add_gradients(loaded, batch, plan, shared, step, supervised, workers)
+        (total_loss,) = workers.total(total_loss)
+        workers.add_gradients(parameters)
+        norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(norm):
+            numbers = ", ".join(str(row.row) for row in batch)
+            raise TrainingError(f"the gradient norm is {norm} at step {step}, rows {numbers}")
+    except TrainingError:
         optimizer.zero_grad(set_to_none=True)
-        numbers = ", ".join(str(row.row) for row in batch)
-        raise TrainingError(f"the gradient norm is {norm} at step {step}, rows {numbers}")
+        raise
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(len(row.ids) for row in batch)
     return Step(step, total_loss / supervised, rate, norm, len(batch), tokens, supervised, time.perf_counter() - began)
+
+
+def _add_gradients(
+    loaded: LoadedModel,
+    batch: list[Tokens],
+    plan: Plan,
+    shared: int | None,
+    step: int,
+    supervised: int,
+    workers: Workers,
+) -> float:
+    """Passes over this worker's rows of a step that has so many supervised tokens in all; the sum of their losses."""
+    own = workers.share(batch)
+    if shared is not None:
+        own = sorted(own, key=lambda row: row.ids)  # neighbours have most in common
+    groups = list(micro_batches(own, plan.micro_batch_tokens, loaded.row_align, shared))
+    idle = workers.passes(len(groups)) - len(groups)
+    once = contextlib.nullcontext() if workers.sharded else parameters_once(loaded.model)
+    losses: list[Tensor] = []
+    with once, head_once(loaded):
+        for group in groups:
+            loss = pack_loss(loaded, pack(group, loaded.row_align, shared, WHOLE).to(loaded.device))
+            losses.append(loss.detach())
+            (loss / supervised).backward()
+        for _ in range(idle):
+            (0 * pack_loss(loaded, pack(batch[:1], loaded.row_align, None, WHOLE).to(loaded.device))).backward()
+        values = torch.stack(losses).tolist() if losses else []  # not one by one: a GPU would be waited for each time
+        for value, group in zip(values, groups, strict=True):
+            if not math.isfinite(value):
+                culprits = _rows(group) if workers.sharded else _culprits(loaded, group)
+                raise TrainingError(f"the loss is {value} at step {step}, {culprits}")
+    return sum(values)
+
+
+def _seed_step(device: torch.device, seed: int, step: int, worker: int) -> None:
+    """Seed what is dropped out in a step, so that a run that goes on needs no random states of the one before."""
+    number = int.from_bytes(hashlib.sha256(f"{seed}:{step}:{worker}".encode()).digest()[:8], "little")
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+    else:
+        torch.default_generator.manual_seed(number)
 
 
 def drops_out(model: nn.Module) -> bool:
@@ -183,6 +252,9 @@ def drops_out(model: nn.Module) -> bool:
 @torch.no_grad()
 def _culprits(loaded: LoadedModel, group: Sequence[Tokens]) -> str:
     """Which rows of a micro-batch have a loss that is not finite."""
-    bad = [row.row for row in group if not math.isfinite(float(pack_loss(loaded, pack([row]).to(loaded.device))))]
-    numbers = ", ".join(str(n) for n in bad or [row.row for row in group])
-    return f"row{'s' if len(bad) != 1 else ''} {numbers} of the data"
+    bad = [row for row in group if not math.isfinite(float(pack_loss(loaded, pack([row]).to(loaded.device))))]
+    return _rows(bad or group)
+
+
+def _rows(rows: Sequence[Tokens]) -> str:
+    return f"row{'s' if len(rows) != 1 else ''} {', '.join(str(row.row) for row in rows)} of the data"

@@ -74,7 +74,7 @@ def test_whole_modules_of_a_packed_file_are_not_lost_in_a_fold(
     _, run = trained("llama", "Q4_1", "--method", "lora", "--modules-to-save", "norm")
     capsys.readouterr()
     assert command("fold", run, "-o", tmp_path / "tuned.gguf", "--to", "f16") == 2
-    assert "model.norm.weight was trained whole" in capsys.readouterr().err
+    assert "no layers' weights (model.norm.weight)" in capsys.readouterr().err
 
 
 def test_the_adapter_of_a_whole_method_is_no_part_of_arithmetic(

@@ -260,7 +260,7 @@ def test_a_quantized_model_stays_packed(
     assert command("eval", model, *options) == 0
     assert f"{summary(path)['accuracy_after']:.2%}" in capsys.readouterr().out
     assert command("fold", path, "-o", tmp_path / "tuned.gguf") == 2
-    assert "score.weight was trained whole" in capsys.readouterr().err
+    assert "no layers' weights (score.weight)" in capsys.readouterr().err
 
 
 def test_an_expanded_adapter_keeps_the_head(rows: Path, tmp_path: Path) -> None:
@@ -279,7 +279,8 @@ def test_an_expanded_adapter_keeps_the_head(rows: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         ours = logits_of_rows(loaded, [Labelled(row, 0, i) for i, row in enumerate(ids)])
         wanted = torch.cat([theirs(input_ids=torch.tensor([row])).logits for row in ids])
-    torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(ours, wanted, atol=5e-3, rtol=0)  # the file holds offsets in float16, of some 1e-3
+    assert (wanted[:, 0] - wanted[:, 1]).abs().mean() > 0.05
 
 
 def test_what_a_classifier_cannot_do_is_named(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
+import json
 import re
 import shutil
 import sys
@@ -198,6 +200,45 @@ def test_interrupted_training_keeps_what_was_learned(
     assert "stopped after step 3 of 6" in capsys.readouterr().err
     assert load_trained(read_run(run)).model is not None
     assert any(value.any() for key, value in load_file(run / "adapter" / "adapter_model.safetensors").items())
+
+
+def test_row_that_is_refused_when_it_is_met(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    """Of many rows only a sample is tokenized before training; what was learned until then is kept."""
+    model, _ = trained()
+    monkeypatch.setattr("lorafold.runs.prepare.KEPT_ROWS", 10)
+    monkeypatch.setattr("lorafold.data.stream._SPREAD", 2)
+    monkeypatch.setattr("lorafold.data.stream._LONGEST", 1)
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    lines = [{"messages": turns} for _ in range(30)]
+    order = loop.epoch_batches(30, TrainingConfig(per_device_train_batch_size=2, seed=3))
+    spoilt = next(i for i in list(itertools.islice(order, 4))[3] if 0 < i < 28)  # of the fourth step
+    lines[spoilt] = {"messages": [{"role": "assistant", "content": "a"}]}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps({"messages": turns}))
+    options = (
+        "--data",
+        data,
+        "--eval-data",
+        held,
+        "--seed",
+        3,
+        "--per-device-train-batch-size",
+        2,
+        "--template",
+        "chat",
+    )
+    capsys.readouterr()
+    assert command("train", model, *options, "--output-dir", tmp_path / "run", *quick()) == 2
+    said = capsys.readouterr().err
+    assert f"row {spoilt}: the conversation begins with the assistant" in said
+    assert "stopped after step 3 of 6" in said
+    assert re.search(r"training data: \d+ of 30 rows were tokenized", said)
+    assert any(v.any() for v in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").values())
+    load_trained(read_run(tmp_path / "run"))
 
 
 def test_verify_says_that_the_data_have_changed(trained: Trained, data: Path, tmp_path: Path, capsys: Output) -> None:

@@ -67,7 +67,7 @@ def test_to_moves_every_tensor() -> None:
 )
 def test_micro_batches(lengths: list[int], limit: int, expected: list[list[int]]) -> None:
     rows = _rows(lengths)
-    groups = micro_batches(rows, limit)
+    groups = list(micro_batches(rows, limit))
     assert [[len(row) for row in group] for group in groups] == expected
     assert [row for group in groups for row in group] == rows
 
@@ -127,7 +127,7 @@ def test_what_is_shared_stands_once() -> None:
 def test_micro_batches_hold_what_they_may(count: int, seed: int, shared: int, align: int) -> None:
     """Neither the tokens of a pack nor its targets are more than was allowed."""
     rows = sorted(related_rows(count, seed), key=lambda row: row.ids)
-    groups = micro_batches(rows, 40, align, shared)
+    groups = list(micro_batches(rows, 40, align, shared))
     assert [row for group in groups for row in group] == rows
     for group in groups:
         found = pack(group, align, shared)

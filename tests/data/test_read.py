@@ -118,13 +118,59 @@ def test_changed_content_is_read_again(tmp_path: Path) -> None:
     assert after.fingerprint() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_rows_are_mapped_from_the_cache_and_written_there_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_rows_are_mapped_from_the_cache_and_written_there_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = _file(tmp_path, "a.jsonl", _lines(ROWS))
     first, second = (read_rows(path)._table.cache_files for _ in range(2))
     assert first
     assert first == second
+    monkeypatch.setitem(READERS, ".jsonl", lambda path: 1 / 0)
+    copy = _file(tmp_path, "b.jsonl", _lines(ROWS))
+    assert list(read_rows(copy)) == ROWS  # the same bytes are not read again under another name
     assert capfd.readouterr() == ("", "")  # no progress bars
     assert not datasets.are_progress_bars_disabled()
+
+
+def test_many_rows_come_back_in_order_and_singly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafold.data.read._BLOCK", 50_000)
+    expected = [{"n": i, "text": "x" * (i % 40) + str(i)} for i in range(3500)]
+    said: list[str] = []
+    monkeypatch.setattr("lorafold.data.read._LARGE", 1000)
+    path = _file(tmp_path, "a.jsonl", _lines(expected))
+    rows = read_rows(path, say=said.append)
+    assert list(rows) == expected
+    assert [rows[i] for i in range(0, 3500, 7)] == expected[::7]  # more than are read before pages are dropped
+    assert rows.sizes().tolist() == [len(row["text"]) + len(str(row["n"])) for row in expected]
+    assert said == ["reading 0 MB of data, which is remembered until they change ..."]
+    read_rows(path, say=said.append)
+    assert len(said) == 1
+
+
+def test_rows_without_text_are_seen(tmp_path: Path) -> None:
+    """White space as `str.strip` has it."""
+    cells = ["a", "", None, " \t\n", "\x1c\u3000\x85", " a", "\u200b", "한"]
+    rows = read_rows(_file(tmp_path, "a.jsonl", _lines([{"a": cell, "b": "b", "n": 1} for cell in cells])))
+    expected = [cell is None or not cell.strip() for cell in cells]
+    assert rows.unsure(["b", "a"]).tolist() == expected == [False, True, True, True, True, False, False, False]
+    assert rows.unsure(["b"]).tolist() == [False] * 8
+    assert rows.unsure(["b", "n"]).tolist() == [True] * 8  # not text
+
+
+def test_a_file_that_cannot_be_opened_is_named_with_the_faults_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _file(tmp_path, "a.jsonl", "{")
+    closed, opened = _file(tmp_path, "b.jsonl", _lines(ROWS)), Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == closed:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"a\.jsonl: (.*\n)*.*b\.jsonl: cannot be opened: Permission denied"):
+        read_rows(tmp_path)
 
 
 def test_very_long_csv_fields_are_read(tmp_path: Path) -> None:
@@ -196,14 +242,26 @@ def test_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pyte
 
 def test_split_is_complete_disjoint_and_pinned() -> None:
     train, held = split_rows(range(100), 0.1, seed=3)
-    assert sorted(train + held) == list(range(100))
-    assert held == sorted(held)
-    assert held == [5, 13, 22, 58, 62, 65, 85, 89, 92, 95]  # the same on every machine and version
-    assert split_rows(range(100), 0.1, seed=4)[1] != held
+    assert sorted([*train, *held]) == list(range(100))
+    assert list(train) == sorted(train)
+    assert list(held) == [5, 13, 22, 58, 62, 65, 85, 89, 92, 95]  # the same on every machine and version
+    assert list(split_rows(range(100), 0.1, seed=4)[1]) != list(held)
+    assert set(split_rows(range(100), 0.1, seed=3, most=4)[1]) < set(held)
     assert split_rows(range(100), 0.5, limit=4)[0][-1] < 4
-    assert split_rows(range(3), 0.0) == ([0, 1, 2], [])
+    assert [list(part) for part in split_rows(range(3), 0.0)] == [[0, 1, 2], []]
     assert [len(part) for part in split_rows(range(2), 0.99)] == [1, 1]
     assert [len(part) for part in split_rows(range(9), 0.001)] == [8, 1]
+
+
+def test_split_is_that_of_all_rows_sorted() -> None:
+    """The held-out rows of older runs stay theirs; with `most` fewer of the same rows."""
+    order = sorted(range(300), key=lambda i: hashlib.sha256(f"7:{i}".encode()).digest())
+    for fraction, most in ((0.1, None), (0.9, None), (0.5, 20)):
+        held = round(300 * fraction) if most is None else most
+        assert [list(part) for part in split_rows(range(300), fraction, 7, most=most)] == [
+            sorted(order[held:]),
+            sorted(order[:held]),
+        ]
 
 
 def test_split_refuses_what_cannot_be_split() -> None:

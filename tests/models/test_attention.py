@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorafold.data.packs import pack as pack_rows
 from lorafold.models import attention
 from lorafold.models.attention import packed_attention
 from lorafold.models.load import load
+from tests.practice import related_rows
 from tests.tiny import ARCHITECTURES, tiny_ids, tiny_model
 
 ATOL = 1e-5  # float32; logits reach 6, hidden states 10
@@ -24,8 +28,9 @@ PATHS = pytest.mark.parametrize("path", ["plain", "sdpa"])
 
 @pytest.fixture
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces the plain products or torch's kernel, whatever the length."""
-    monkeypatch.setattr(attention, "KEPT_TOKENS", {"plain": 10**9, "sdpa": 0}[request.param])
+    """Forces the plain products or torch's kernel, whatever the length, or the one call of a GPU for a pack."""
+    monkeypatch.setattr(attention, "KEPT_TOKENS", {"plain": 10**9, "sdpa": 0, "pack": 10**9}[request.param])
+    monkeypatch.setattr(attention, "_in_one_call", lambda _: request.param == "pack")
     return request.param
 
 
@@ -48,7 +53,7 @@ def pack(rows: list[Tensor]) -> dict[str, Any]:
     return {"input_ids": torch.cat(rows, 1), "position_ids": positions, "segments": lengths, "use_cache": False}
 
 
-@pytest.mark.parametrize("path", ["plain", "sdpa"], indirect=True)
+@pytest.mark.parametrize("path", ["plain", "sdpa", "pack"], indirect=True)
 @torch.no_grad()
 def test_a_pack_equals_its_rows(model: PreTrainedModel, path: str) -> None:
     rows = [tiny_ids(n, seed=n) for n in LENGTHS]
@@ -97,7 +102,7 @@ def embedding_gradient(model: PreTrainedModel, **inputs: Any) -> Tensor:
     return vectors.grad
 
 
-@pytest.mark.parametrize("path", ["plain", "sdpa"], indirect=True)
+@pytest.mark.parametrize("path", ["plain", "sdpa", "pack"], indirect=True)
 def test_gradients_of_a_pack_equal_those_of_its_rows(model: PreTrainedModel, path: str) -> None:
     rows = [tiny_ids(n, seed=n) for n in LENGTHS]
     packed = embedding_gradient(model, **pack(rows)).split(LENGTHS, dim=1)
@@ -145,6 +150,34 @@ def test_generation_takes_the_most_likely_token_of_the_full_forward_pass(model: 
     chosen = logits.gather(1, out[0, 11:, None])[:, 0]
     assert out.shape == (1, 31)
     torch.testing.assert_close(chosen, logits.amax(-1), atol=ATOL, rtol=0)  # a tie may fall either way
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("heads", [2, 4])
+@given(rows=st.integers(1, 9), seed=st.integers(0, 2**32))
+@settings(max_examples=25, deadline=None)
+def test_one_call_for_a_tree_equals_one_for_each_segment(heads: int, window: int | None, rows: int, seed: int) -> None:
+    """Random trees of rows that begin alike, output and gradients."""
+    batch = pack_rows(related_rows(rows, seed), 1, 2)
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, dy = (torch.randn(1, n, len(batch.ids), 16, generator=generator) for n in (heads, 2, 2, heads))
+    found = []
+    for one_call in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "_in_one_call", lambda _, one_call=one_call: one_call)
+            inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+            tree = {"segments": batch.segments, "parents": batch.parents, "sliding_window": window}
+            out, _ = packed_attention(nn.Module(), *inputs, None, 0.25, **tree)
+            found.append((out, *torch.autograd.grad(out, inputs, dy.transpose(1, 2))))
+    for one, several in zip(*found, strict=True):
+        torch.testing.assert_close(one, several, atol=ATOL, rtol=0)
+
+
+def test_a_long_pack_on_a_gpu_is_one_call_for_each_segment() -> None:
+    """Its mask would be larger than what it saves."""
+    assert attention._in_one_call(torch.empty(1, 2, 4096, 8, device="meta"))
+    assert not attention._in_one_call(torch.empty(1, 2, 4097, 8, device="meta"))
+    assert not attention._in_one_call(torch.empty(1, 2, 4, 8))
 
 
 # the function by itself, against a dense mask

@@ -178,6 +178,14 @@ def test_a_tied_head_shares_the_embeddings_bytes(tiny_file: Callable[..., Path])
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_tied_head_shares_them_on_another_device(tiny_file: Callable[..., Path]) -> None:
+    """Moved one by one they would be there twice; rows need no padding there either."""
+    loaded = load(tiny_file("llama", "Q4_1"), device="meta")
+    assert loaded.device.type == loaded.model.lm_head.blocks.device.type == "meta"
+    assert loaded.model.lm_head.blocks is loaded.model.model.embed_tokens.blocks
+    assert loaded.row_align == 1
+
+
 def test_weights_hash_tells_weights_apart_and_nothing_else(tmp_path: Path) -> None:
     def rename(metadata: dict, _: dict) -> None:
         metadata["general.name"] = "another name of another length"

@@ -36,7 +36,9 @@ CONFIG = RunConfig(
         bias="all",
         modules_to_save=("head",),
     ),
-    TrainingConfig(2, 3, 0.5, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, True, 99, "2GB", 30, "float32", "cpu", 8, 1, 2),
+    TrainingConfig(
+        2, 3, 0.5, 16.0, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, 5, 6, True, 99, "2GB", 30, True, "float32", "cpu", 8, 1, 2
+    ),
     TaskConfig("classification", "{title}", "stars"),
 )
 SUMMARY: dict[str, Any] = {

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorafold.config import DataConfig, RunConfig, TrainingConfig
+from lorafold.data.read import read_rows
+from lorafold.data.rows import to_examples
+from lorafold.data.stream import RowStream, row_batches
+from lorafold.data.tokens import Tokenized
 from lorafold.errors import DataError
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.runs.display import Display
 from lorafold.runs.folder import Run
 from lorafold.runs.prepare import all_rows, held_out_examples, held_out_rows, prepare
-from tests.practice import write_data
+from lorafold.train.loop import epoch_batches
+from tests.practice import command, write_data
 from tests.tiny import tiny_gguf
 
 
@@ -94,9 +103,92 @@ def test_a_folder_of_only_train_files_is_split(tmp_path: Path, tokenizer: Any) -
     assert (len(prepared.train.rows), len(prepared.held_out.rows)) == (9, 1)
 
 
+@pytest.fixture(params=[("KEPT_ROWS", 5), ("KEPT_BYTES", 100)], ids=["rows", "bytes"])
+def _many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows are many, or 100 bytes."""
+    name, value = request.param
+    monkeypatch.setattr(f"lorafold.runs.prepare.{name}", value)
+
+
+@pytest.mark.usefixtures("_many")
+def test_many_rows_are_those_that_few_would_be(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = DataConfig(write_data(tmp_path / "rows.jsonl", 60), max_length=24)
+    streamed = prepare(config, tokenizer, 3, Display())
+    assert "training data: 54 rows, tokenized when they are needed. Of 54 tried" in capsys.readouterr().err
+    run = run_of(config, data_sha256=streamed.fingerprint)
+    held = held_out_rows(run, tokenizer)
+    assert isinstance(streamed.train, RowStream)
+    assert isinstance(held, RowStream)
+    for name in ("KEPT_ROWS", "KEPT_BYTES"):
+        monkeypatch.setattr(f"lorafold.runs.prepare.{name}", 10_000)
+    kept = prepare(config, tokenizer, 3, Display(quiet=True))
+    assert isinstance(kept.train, Tokenized)
+    assert list(streamed.train) == kept.train.rows
+    assert list(streamed.held_out.rows) == list(held) == kept.held_out.rows
+    assert streamed.train.cut == kept.train.cut > 0
+    assert streamed.examples == kept.examples[: len(streamed.examples)] != []
+
+
+@pytest.mark.usefixtures("_many")
+@pytest.mark.parametrize("options", [{}, {"prompt": "{prompt}", "completion": "{completion} {note}"}])
+def test_every_row_of_many_is_checked_before_training(tmp_path: Path, tokenizer: Any, options: dict[str, str]) -> None:
+    """The message is that of few rows."""
+    lines = [{"prompt": "a", "completion": "b", "note": None} for _ in range(2500)]
+    lines[3]["prompt"] = lines[2200]["prompt"] = " \t"
+    lines[1234]["completion"] = None
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    templates = {f"{name}_template": text for name, text in options.items()}
+    with pytest.raises(DataError) as few:
+        to_examples(read_rows(path), **templates)
+    with pytest.raises(DataError) as many:
+        prepare(DataConfig(path, eval_data=path, eval_limit=1, **options), tokenizer, 3, Display(quiet=True))
+    assert str(many.value) == str(few.value)
+    assert "3 of 2,500 rows cannot be used" in str(many.value)
+    assert "2 rows (3, 2200)" in str(many.value)
+
+
+def test_no_more_rows_are_held_out_than_can_be_evaluated(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lorafold.runs.prepare.HELD_OUT_ROWS", 4)
+    config = DataConfig(write_data(tmp_path / "rows.jsonl"), eval_fraction=0.5)
+    data = prepare(config, tokenizer, 3, Display())
+    assert "held out are 4 rows" in capsys.readouterr().err
+    assert (len(data.train.rows), len(data.held_out.rows)) == (16, 4)
+    assert numbers(held_out_rows(run_of(config), tokenizer).rows) == numbers(data.held_out.rows)
+    asked = prepare(replace(config, eval_limit=8), tokenizer, 3, Display(quiet=True))
+    assert (len(asked.train.rows), len(asked.held_out.rows)) == (10, 8)
+
+
+def test_many_rows_take_little_memory(tmp_path: Path, tokenizer: Any) -> None:
+    """Tokens of one row of these take about 1 kB, those of all of them 40 MB."""
+    path, few = write_data(tmp_path / "rows.jsonl", 40_000), write_data(tmp_path / "few.jsonl", 10)
+    config = DataConfig(path, eval_data=few)
+    read_rows(path)
+    tracemalloc.start()
+    data = prepare(config, tokenizer, 3, Display(quiet=True))
+    list(islice(row_batches(data.train.rows, epoch_batches(40_000, TrainingConfig())), 20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12e6
+
+
 def test_what_was_cut_is_said_aloud(tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(DataConfig(write_data(tmp_path / "a.jsonl"), max_length=24), tokenizer, 3, Display())
     said = capsys.readouterr().err
     assert "training data: " in said
     assert "held-out data: " in said
     assert "longer than 24 tokens were cut" in said
+
+
+@pytest.mark.usefixtures("_many")
+def test_preview_tokenizes_all_of_many_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = tiny_gguf(tmp_path, "llama", "Q4_1"), write_data(tmp_path / "rows.jsonl", 30)
+    assert command("preview", model, "--data", data, "--rows", 1, "--max-length", 24) == 0
+    said = capsys.readouterr()
+    assert said.out.count("supervised") == 1
+    assert "30 of 30 rows were tokenized." in said.err
+    assert "longer than 24 tokens were cut" in said.err.partition("30 of 30")[2]

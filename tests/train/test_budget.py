@@ -14,7 +14,7 @@ import torch
 from lorafold.adapters.inject import adapter_state, inject
 from lorafold.config import AdapterSpec, TrainingConfig
 from lorafold.data.tokens import Tokens
-from lorafold.errors import ConfigError, TrainingError
+from lorafold.errors import ConfigError, DataError, TrainingError
 from lorafold.files import parse_bytes
 from lorafold.models.load import LoadedModel, load
 from lorafold.train import budget
@@ -55,11 +55,13 @@ def test_plans(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     _with(monkeypatch, 1e6, 1000.0, 100.0)
     layers = loaded.model.config.num_hidden_layers
     again = 100 + 1000 / layers
-    assert plan_within(10**8, loaded, ROWS, 4096) == Plan(4096, False, 10**8)
-    assert plan_within(2 * 10**6, loaded, ROWS, 4096) == Plan(int((0.95 * 2e6 - 1e6) / 1000) - 64, False, 2 * 10**6)
+    assert plan_within(10**8, loaded, ROWS, 4096) == Plan(4096, False, 10**8, int((0.95e8 - 1e6) / 1000) - 64)
+    fit = int((0.95 * 2e6 - 1e6) / 1000) - 64
+    assert plan_within(2 * 10**6, loaded, ROWS, 4096) == Plan(fit, False, 2 * 10**6, fit)
     assert plan_within(2 * 10**6, loaded, ROWS, 4096, checkpointing=True).checkpointing
     tight = int((1e6 + 120 * 1000) / 0.95)  # 120 tokens, and the longest row takes 90 and the rest of a pack
-    assert plan_within(tight, loaded, ROWS, 4096) == Plan(int((0.95 * tight - 1e6) / again) - 64, True, tight)
+    fit = int((0.95 * tight - 1e6) / again) - 64
+    assert plan_within(tight, loaded, ROWS, 4096) == Plan(fit, True, tight, fit)
     with pytest.raises(TrainingError, match=r"longest row has 90 tokens, which takes 0\.00 GB.*max_length"):
         plan_within(10**6, loaded, ROWS, 4096)
 
@@ -91,6 +93,16 @@ def test_the_result_is_the_same(loaded: LoadedModel, monkeypatch: pytest.MonkeyP
     assert plan.checkpointing == again
     losses = [step.loss for step in train_steps(loaded, ROWS, config, plan)]
     assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_longer_row_met_later_is_refused(loaded: LoadedModel) -> None:
+    """The others have been trained on by then, and only where a budget was given."""
+    plan = Plan(4096, False, 10**9, longest=89)
+    steps = train_steps(loaded, ROWS, TrainingConfig(1, learning_rate=1e-3, num_train_epochs=1), plan)
+    with pytest.raises(DataError, match=r"row 1 of the data has 90 tokens, and 89 fit.*smaller max_length"):
+        list(steps)
+    budget.check_fits(Plan(4096, False, 10**9, longest=90), ROWS)
+    budget.check_fits(Plan(16, False), ROWS)
 
 
 def test_too_little_memory_ends_before_the_first_step(loaded: LoadedModel) -> None:
