@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from lorafold.adapters.inject import inject
 from lorafold.config import METHODS, RunConfig
 from lorafold.data.labels import Labelled
@@ -22,7 +24,7 @@ from lorafold.runs.labelled import LabelledData, read_labelled
 from lorafold.runs.report import Report, Table, write_report
 from lorafold.runs.start import pick_device, seeded
 from lorafold.train.classify import evaluate_classes, train_classes
-from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, rows_per_step, total_steps
+from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, make_optimizer, rows_per_step, total_steps
 from lorafold.train.memory import peak_bytes, restart_peak
 
 _MEANINGLESS = (
@@ -60,10 +62,11 @@ def classify(config: RunConfig, display: Display) -> Run:
     config = replace(config, adapter=_with_head(config, loaded))
     injection = inject(loaded.model, config.adapter)
     display.say(f"training: {config.adapter.label}, {injection.describe()}")
+    optimizer = make_optimizer(loaded, training)
     folder = RunFolder(config.output_dir)
     folder.config(config)
     try:
-        summary = _run(config, loaded, data, train, held_out, folder, display)
+        summary = _run(config, loaded, optimizer, data, train, held_out, folder, display)
     finally:
         folder.close()
     summary |= {"trainable_parameters": injection.trainable, "wall_seconds": time.perf_counter() - began}
@@ -99,6 +102,7 @@ def _with_head(config: RunConfig, loaded: LoadedModel) -> Any:
 def _run(
     config: RunConfig,
     loaded: LoadedModel,
+    optimizer: torch.optim.Optimizer,
     data: LabelledData,
     train: Sequence[Labelled],
     held_out: Sequence[Labelled],
@@ -107,7 +111,7 @@ def _run(
 ) -> dict[str, Any]:
     before = _evaluate(loaded, held_out, config, display, folder, 0)
     display.say(f"held-out rows before: {_said(before)}")
-    steps = _train(config, loaded, data.labels, train, held_out, folder, display)
+    steps = _train(config, loaded, optimizer, data.labels, train, held_out, folder, display)
     _save(config, loaded, data.labels)
     after = _evaluate(loaded, held_out, config, display, folder, len(steps))
     display.say(f"held-out rows after: {_said(after)}")
@@ -152,6 +156,7 @@ def _evaluate(
 def _train(
     config: RunConfig,
     loaded: LoadedModel,
+    optimizer: torch.optim.Optimizer,
     labels: Sequence[str],
     rows: Sequence[Labelled],
     held_out: Sequence[Labelled],
@@ -163,7 +168,7 @@ def _train(
     where = config.output_dir / ADAPTER
     try:
         with display.bar("training", total) as advance:
-            for step in train_classes(loaded, rows, training):
+            for step in train_classes(loaded, rows, training, optimizer):
                 steps.append(step)
                 folder.metric(**step.__dict__)
                 advance(1, training_note(step.loss, step.tokens / step.seconds))

@@ -26,7 +26,7 @@ from lorafold.errors import TrainingError
 from lorafold.evals.classes import Scores, scores
 from lorafold.evals.loss import WHOLE, hidden_states
 from lorafold.models.load import LoadedModel
-from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, epoch_batches, make_optimizer, total_steps
+from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, epoch_batches, total_steps
 from lorafold.train.memory import keep_freed_memory
 from lorafold.train.schedule import learning_rate_at
 
@@ -92,8 +92,10 @@ def evaluate_classes(
     return scores(losses, predicted, true, labels)
 
 
-def train_classes(loaded: LoadedModel, rows: Sequence[Labelled], config: TrainingConfig) -> Iterator[Step]:
-    """Train every parameter that requires a gradient, yielding after each optimizer step.
+def train_classes(
+    loaded: LoadedModel, rows: Sequence[Labelled], config: TrainingConfig, optimizer: torch.optim.Optimizer
+) -> Iterator[Step]:
+    """Train what an optimizer of `make_optimizer` has, yielding after each step.
 
     Args:
         config: with `learning_rate` resolved.
@@ -102,7 +104,6 @@ def train_classes(loaded: LoadedModel, rows: Sequence[Labelled], config: Trainin
         TrainingError: a loss or gradient is not finite; the parameters are those before that step.
     """
     assert config.learning_rate is not None
-    optimizer = make_optimizer(loaded, config)
     keep_freed_memory()
     torch.manual_seed(config.seed)
     total, order = total_steps(len(rows), config), epoch_batches(len(rows), config)

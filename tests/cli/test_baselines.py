@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lorafold.models.load import load
 from lorafold.runs.fold import load_trained
 from lorafold.runs.folder import read_run
 from lorafold.runs.prepare import held_out_rows
+from tests.cli.conftest import quick
 from tests.practice import command, same_logits, tiny_folder
 
 METHODS: dict[str, list[object]] = {
@@ -84,3 +86,16 @@ def test_the_adapter_of_a_whole_method_is_no_part_of_arithmetic(
     capsys.readouterr()
     assert command("adapters", "show", run) == 2
     assert "trained with --method full and no adapter" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, data: Path) -> None:
+    line = ["train", tiny_folder(tmp_path / "model"), "--data", data, "--method", "full", "--save-steps", 2, *quick()]
+    assert command(*line, "--output-dir", tmp_path / "whole") == 0
+    cut = shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in ("adapter", "checkpoint-6"):
+        shutil.rmtree(cut / name)
+    (cut / "summary.json").unlink()
+    assert command(*line, "--output-dir", cut, "--resume") == 0
+    assert json.loads((cut / "summary.json").read_text())["resumed_from"] == 4
+    stored = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (tmp_path / "whole", cut)]
+    assert stored[0] == stored[1]
