@@ -9,6 +9,7 @@ attention weights is not computed, as nowhere here: with it torch has no fused a
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from lorafold.models.bnb_folder import is_bnb
 from lorafold.models.layout import BAD_CONFIG, empty_parameters
 from lorafold.models.load import LoadedModel, load, resolve
 from lorafold.models.mlx_folder import is_mlx
-from lorafold.models.tensors import NUMBERS, SafetensorsFolder
+from lorafold.models.tensors import NUMBERS
 
 LABELS = "labels"  # in the header of an adapter's tensors: a JSON list
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # what configurations call it
@@ -152,9 +153,12 @@ def adapter_labels(folder: Path) -> list[str] | None:
 def stored_type(path: Path) -> torch.dtype:
     """The type that most numbers of a folder are stored in."""
     counts: Counter[torch.dtype] = Counter()
-    for stored in SafetensorsFolder(path).tensors.values():
-        if stored.kind in NUMBERS:
-            counts[NUMBERS[stored.kind]] += stored.end - stored.start
+    for source in path.glob("*.safetensors"):
+        with safe_open(source, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                stored = file.get_slice(key)
+                if stored.get_dtype() in NUMBERS:
+                    counts[NUMBERS[stored.get_dtype()]] += math.prod(stored.get_shape())
     return counts.most_common(1)[0][0]
 
 
