@@ -107,6 +107,7 @@ def carriers(model: nn.Module) -> list[tuple[str, Carrier]]:
     Walks by hand: with many adapters most modules are parts of these, and there is nothing in them to be found.
     """
     found: list[tuple[str, Carrier]] = []
+    seen: set[AdaptedParameter] = set()  # a parameter with two names is one, under the first
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         path, module = stack.pop()
@@ -117,7 +118,9 @@ def carriers(model: nn.Module) -> list[tuple[str, Carrier]]:
         chains = children.get("parametrizations")
         if isinstance(chains, nn.ModuleDict):
             for parameter, chain in chains.items():
-                found += [(prefix + parameter, link) for link in chain.children() if isinstance(link, AdaptedParameter)]
+                links = [m for m in chain.children() if isinstance(m, AdaptedParameter) and m not in seen]
+                found += [(prefix + parameter, link) for link in links]
+                seen.update(links)
         for name in reversed(children):
             child = children[name]
             if child is not None and child is not chains:
@@ -176,9 +179,17 @@ def stored_transposed(model: nn.Module, path: str) -> bool:
     return bool(getattr(_owner(model, path)[0], "is_transposed", False))
 
 
-def adapt_parameter(model: nn.Module, path: str) -> AdaptedParameter:
-    """The carrier of a parameter's adapters, put there if need be."""
+def adapt_parameter(model: nn.Module, path: str, tied: bool = False) -> AdaptedParameter:
+    """The carrier of a parameter's adapters, put there if need be.
+
+    Args:
+        tied: also where the model uses the same parameter under another name.
+    """
     owner, name = _owner(model, path)
+    others = []
+    if tied and not parametrize.is_parametrized(owner, name):
+        same = [n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(owner, name)]
+        others = [_owner(model, other) for other in same if _owner(model, other) != (owner, name)]
     if parametrize.is_parametrized(owner, name):
         return next(m for m in owner.parametrizations[name] if isinstance(m, AdaptedParameter))  # type: ignore[index]
     parameter = getattr(owner, name)
@@ -192,7 +203,20 @@ def adapt_parameter(model: nn.Module, path: str) -> AdaptedParameter:
     trained = parameter.requires_grad
     parametrize.register_parametrization(owner, name, carrier, unsafe=True)
     owner.parametrizations[name].original.requires_grad_(trained)  # type: ignore[index, union-attr]
+    for other, its_name in others:
+        parametrize.register_parametrization(other, its_name, carrier, unsafe=True)
     return carrier
+
+
+def _places(model: nn.Module, carrier: AdaptedParameter) -> list[tuple[nn.Module, str]]:
+    """Every module that has the carrier's parameter, and its name there."""
+    return [
+        (module, name)
+        for module in model.modules()
+        if parametrize.is_parametrized(module)
+        for name, made in module.parametrizations.items()  # type: ignore[union-attr, operator]
+        if carrier in list(made)
+    ]
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -231,12 +255,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         if isinstance(carrier, AdaptedLayer):
             model.set_submodule(path, carrier.base)
         else:
-            owner, parameter = _owner(model, path)
             for handle in carrier.handles:
                 handle.remove()
-            parametrize.remove_parametrizations(owner, parameter, leave_parametrized=False)
-            if not parametrize.is_parametrized(owner):
-                del owner._defined_order
+            for owner, parameter in _places(model, carrier):
+                parametrize.remove_parametrizations(owner, parameter, leave_parametrized=False)
+                if not parametrize.is_parametrized(owner):
+                    vars(owner).pop("_defined_order", None)
 
 
 def refuse_unknown(model: nn.Module, names: Sequence[str]) -> None:

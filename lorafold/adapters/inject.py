@@ -16,8 +16,6 @@ from lorafold.adapters.adapted import (
     Adapter,
     adapt_parameter,
     carriers,
-    parameter_names,
-    plain_modules,
     plain_parameter,
     set_active,
     stored_transposed,
@@ -25,21 +23,15 @@ from lorafold.adapters.adapted import (
 from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.group_bases import Promotions, prepare_group_bases, unsuitable
 from lorafold.adapters.lora import LoRA, VeRA
-from lorafold.adapters.parameters import ParameterDelta, ParameterLoRA
+from lorafold.adapters.parameters import ParameterDelta, ParameterLoRA, ParameterValue
 from lorafold.adapters.sites import ConvSite, EmbeddingSite, LinearSite, site_of
 from lorafold.adapters.start import begin
-from lorafold.adapters.targets import (
-    ALL_LINEAR,
-    adaptable,
-    find_parameters,
-    find_targets,
-    linear_layers,
-    refuse_tied_parameters,
-)
-from lorafold.config import AdapterSpec
-from lorafold.errors import AdapterError, bullet_list, nearest
+from lorafold.adapters.targets import ALL_LINEAR, adaptable, find_parameters, find_targets, linear_layers
+from lorafold.adapters.whole import whole_parameters
+from lorafold.config import METHODS, AdapterSpec
+from lorafold.errors import AdapterError, bullet_list
 from lorafold.quant.codecs import CODECS
-from lorafold.quant.linear import QuantEmbedding, QuantLinear
+from lorafold.quant.linear import QuantLinear
 
 VERA_SEED = 0  # PEFT's projection_prng_key
 _MULTIHEAD = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
@@ -86,7 +78,10 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
         AdapterError: a target matches nothing, or has a format that the method cannot adapt.
     """
     layers = adaptable(model, spec.method)
-    targets = find_targets(model, spec) if spec.target_modules else []
+    adapted = not METHODS[spec.method].whole
+    targets = find_targets(model, spec) if adapted and spec.target_modules else []
+    whole = whole_parameters(model, spec, targets)
+    targets = _not_whole(targets, whole, spec)
     result = Injection(targets)
     if spec.method == "qa-lora":
         linear = linear_layers(model)
@@ -101,12 +96,9 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
         parameters += [f"{path}.{part}" for part in _MULTIHEAD if _parameter(layers[path], part) is not None]
     plain = [path for path in targets if path not in attention]
     _refuse_misfits({path: layers[path] for path in plain}, parameters, spec)
-    whole = _trained_whole(model, spec, plain)
     check_name(model, name, (*targets, *parameters, *whole))
     if spec.init_lora_weights == "eva":
-        raise AdapterError(
-            "init_lora_weights eva begins with what layers see of your rows: lorafold train, or eva.inject_for"
-        )
+        raise AdapterError("init_lora_weights eva begins with what layers see of rows, which lorafold train gives them")
     made: dict[str, nn.Module] = {}
     shared = _vera_matrices([layers[path] for path in plain], spec)
     for path in plain:
@@ -114,7 +106,7 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     for path in parameters:
         made[path] = make_parameter_adapter(model, path, spec.for_layer(path))
     for path in whole:
-        made[path] = make_parameter_adapter(model, path, None)
+        made[path] = make_whole(model, path, spec)
     for path, adapter in made.items():
         put = attach if path in plain else attach_parameter
         put(model, path, adapter, name)  # type: ignore[arg-type]
@@ -122,6 +114,14 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     result.modules = [*plain, *parameters, *whole]
     result.trainable = sum(p.numel() for adapter in made.values() for p in adapter.parameters())
     return result
+
+
+def _not_whole(targets: list[str], whole: list[str], spec: AdapterSpec) -> list[str]:
+    """Targets but for layers whose weight is trained whole, which `all-linear` leaves out and names may not mean."""
+    both = [path for path in targets if f"{path}.weight" in whole]
+    if both and ALL_LINEAR not in spec.target_modules:
+        raise AdapterError(f"{both[0]} is among target_modules and is trained whole as well; name it in one of the two")
+    return [path for path in targets if path not in both]
 
 
 def _parameter(module: nn.Module, dotted: str) -> Tensor | None:
@@ -156,39 +156,6 @@ def _refuse_misfits(layers: dict[str, nn.Module], parameters: list[str], spec: A
         raise AdapterError("these targets and options do not go together:\n" + bullet_list(faults[:12]))
 
 
-def _trained_whole(model: nn.Module, spec: AdapterSpec, targets: list[str]) -> list[str]:
-    """Names of the parameters that `modules_to_save` and `bias` mean.
-
-    Raises:
-        AdapterError: a name matches nothing, or a packed matrix.
-    """
-    chosen: list[str] = []
-    faults = []
-    modules = plain_modules(model)
-    for wanted in spec.modules_to_save:
-        hits = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]
-        if not hits:
-            faults.append(f"modules_to_save: {wanted!r} matches no module{nearest(wanted, list(modules))}")
-        for path in hits:
-            inside = {n: m for n, m in modules.items() if n == path or n.startswith(f"{path}.")}
-            own = [f"{n}.{parameter}" for n, m in inside.items() for parameter in parameter_names(m)]
-            chosen += own
-            if any(isinstance(m, QuantLinear | QuantEmbedding) for m in inside.values()):
-                faults.append(f"modules_to_save: {path} is packed, and codes are too coarse to train; adapt it instead")
-            elif any(m._buffers.keys() - m._non_persistent_buffers_set for m in inside.values()):
-                faults.append(f"modules_to_save: {path} has buffers, such as running means, that no adapter file holds")
-            elif not own:
-                faults.append(f"modules_to_save: {path} has no parameters to train")
-    if spec.bias != "none":
-        for path, module in modules.items():
-            if isinstance(getattr(module, "bias", None), Tensor) and (spec.bias == "all" or path in targets):
-                chosen.append(f"{path}.bias".removeprefix("."))
-    if faults:
-        raise AdapterError(bullet_list(faults))
-    refuse_tied_parameters(model, chosen)
-    return list(dict.fromkeys(chosen))
-
-
 def check_name(model: nn.Module, name: str, paths: Iterable[str] = ()) -> None:
     """Refuse a name for an adapter that no module can have, or that is taken at one of its places.
 
@@ -220,27 +187,32 @@ def attach(model: nn.Module, path: str, adapter: Adapter, name: str = "default")
 
 
 def attach_parameter(
-    model: nn.Module, path: str, adapter: ParameterLoRA | ParameterDelta, name: str = "default"
+    model: nn.Module, path: str, adapter: ParameterLoRA | ParameterDelta | ParameterValue, name: str = "default"
 ) -> None:
     """Put one adapter on a parameter and make it the active one there.
 
     Raises:
         AdapterError: the parameter already carries an adapter of this name.
     """
-    carrier = adapt_parameter(model, path)
+    carrier = adapt_parameter(model, path, tied=isinstance(adapter, ParameterValue))
     _refuse_second(carrier, name)
     carrier.adapters[name] = adapter.to(carrier.device).train(carrier.training)
     carrier.active = (name,)
 
 
-def make_parameter_adapter(model: nn.Module, path: str, spec: AdapterSpec | None) -> ParameterLoRA | ParameterDelta:
-    """An adapter for one parameter: LoRA as the spec says, or without one an update of its own shape."""
+def make_parameter_adapter(model: nn.Module, path: str, spec: AdapterSpec) -> ParameterLoRA:
+    """LoRA for one parameter."""
     parameter = plain_parameter(model, path)
     assert parameter is not None
-    if spec is None:
-        return ParameterDelta(parameter.shape)
     assert isinstance(spec.r, int)
     return ParameterLoRA(parameter.shape, stored_transposed(model, path), spec.r, spec.scaling)
+
+
+def make_whole(model: nn.Module, path: str, spec: AdapterSpec) -> ParameterDelta | ParameterValue:
+    """What trains one parameter whole: beside adapters an update, in a method without them a new value."""
+    parameter = plain_parameter(model, path)
+    assert parameter is not None
+    return ParameterValue(parameter) if METHODS[spec.method].whole else ParameterDelta(parameter.shape)
 
 
 def _refuse_second(carrier: nn.Module, name: str) -> None:

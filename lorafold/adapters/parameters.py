@@ -36,7 +36,7 @@ class AdaptedParameter(nn.Module):
         if self._held:
             return self._held[0]
         for name in self.active:
-            weight = weight + self.adapters[name].delta().to(weight.dtype)  # type: ignore[operator]
+            weight = self.adapters[name].onto(weight)  # type: ignore[operator]
         self._held = [weight] if self._holding else []
         return weight
 
@@ -68,6 +68,10 @@ class ParameterLoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(out, r * self.experts))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
+    def onto(self, weight: Tensor) -> Tensor:
+        """The parameter with this update."""
+        return weight + self.delta().to(weight.dtype)
+
     def delta(self) -> Tensor:
         """The update, in the parameter's shape."""
         if self.experts == 1:
@@ -85,6 +89,21 @@ class ParameterDelta(nn.Module):
         super().__init__()
         self.change = nn.Parameter(torch.zeros(shape))
 
-    def delta(self) -> Tensor:
-        """The update, in the parameter's shape."""
-        return self.change
+    def onto(self, weight: Tensor) -> Tensor:
+        """The parameter with this update."""
+        return weight + self.change.to(weight.dtype)
+
+
+class ParameterValue(nn.Module):
+    """A new value of a parameter in float32, for models that are trained themselves: one copy less than an update.
+
+    The optimizer moves the float32 value, and the model computes with it in its own type.
+    """
+
+    def __init__(self, parameter: Tensor):
+        super().__init__()
+        self.value = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+
+    def onto(self, weight: Tensor) -> Tensor:
+        """The new value in the parameter's type."""
+        return self.value.to(weight.dtype)

@@ -70,7 +70,8 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
 
 
 def _refuse_tied(model: nn.Module, layers: dict[str, nn.Module], chosen: Iterable[str]) -> None:
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # a classifier has none, whatever it inherits
+    if head is None or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return
     tied = [n for n in chosen if n in HEADS]
     if tied:
@@ -141,9 +142,20 @@ def find_parameters(model: nn.Module, spec: AdapterSpec) -> list[str]:
 
 
 def own_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters without their adapters, by the names they had before anything was adapted."""
-    names = [f"{path}.{n}".removeprefix(".") for path, m in plain_modules(model).items() for n in parameter_names(m)]
-    return {name: p for name in names if (p := plain_parameter(model, name)) is not None}
+    """All parameters without their adapters, by the names they had before anything was adapted.
+
+    One with several names stands under the first.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, module in plain_modules(model).items():
+        for own in parameter_names(module):
+            name = f"{path}.{own}".removeprefix(".")
+            parameter = plain_parameter(model, name)
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[name] = parameter
+    return found
 
 
 def refuse_tied_parameters(model: nn.Module, names: list[str]) -> None:

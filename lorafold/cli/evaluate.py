@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from lorafold.config import RowsConfig
+from lorafold.config import RowsConfig, TaskConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.table import Table
 
     from lorafold.data.stream import RowStream
     from lorafold.data.tokens import Tokens
@@ -22,11 +24,12 @@ def evaluate(
     /,
     *,
     data: Annotated[RowsConfig, Parameter(name="*")],
+    task: Annotated[TaskConfig, Parameter(name="*")] = TaskConfig(),  # noqa: B008
     adapter: tuple[Path, ...] = (),
     runtime: Literal["torch", "llama.cpp"] = "torch",
     dtype: Literal["auto", "float32", "bfloat16"] = "float32",
 ) -> None:
-    """Mean loss per supervised token of models, folded files or adapters on the same rows.
+    """Mean loss per supervised token of models, folded files or adapters on the same rows; accuracy of classifiers.
 
     With a run folder as --data these are the rows that were held out of that run.
 
@@ -36,9 +39,22 @@ def evaluate(
         runtime: torch, or llama.cpp (GGUF files): what the deployed file computes.
         dtype: of activations in torch.
     """
+    from rich.console import Console
+
+    from lorafold.errors import ConfigError
+
+    if task.classifies and runtime != "torch":
+        raise ConfigError("llama.cpp is asked for losses of language models; classifiers run in torch")
+    if task.classifies:
+        table = _classes(models, adapter, data, task, dtype)
+    else:
+        table = _losses(models, adapter, data, runtime, dtype)
+    Console(markup=False).print(table)
+
+
+def _losses(models: tuple[str, ...], adapters: tuple[Path, ...], data: RowsConfig, runtime: str, dtype: str) -> Table:
     import math
 
-    from rich.console import Console
     from rich.table import Table
 
     from lorafold.cli.variants import in_llama_cpp, in_torch, tokenizer_of, variants
@@ -48,7 +64,7 @@ def evaluate(
 
     display = Display()
     table = Table("model", "runtime", "loss", "perplexity", "tokens")
-    for variant in variants(models, adapter):
+    for variant in variants(models, adapters):
         if runtime == "torch":
             loaded = in_torch(variant, dtype)
             rows = _rows(data, loaded.tokenizer, display)
@@ -63,7 +79,30 @@ def evaluate(
                 loss = runtime_loss(engine, rows, done)
         count = sum(sum(row.supervised) for row in rows)
         table.add_row(variant.label, runtime, f"{loss:.4f}", f"{math.exp(loss):.3f}", f"{count:,}")
-    Console(markup=False).print(table)
+    return table
+
+
+def _classes(
+    models: tuple[str, ...], adapters: tuple[Path, ...], data: RowsConfig, task: TaskConfig, dtype: str
+) -> Table:
+    from rich.table import Table
+
+    from lorafold.cli.variants import variants
+    from lorafold.models.classifier import known_labels
+    from lorafold.runs.display import Display
+    from lorafold.runs.score import score, texts_of
+
+    display = Display()
+    table = Table("model", "accuracy", "macro F1", "loss", "rows")
+    rows = texts_of(data, task)
+    for variant in variants(models, adapters):
+        if adapters and variant.adapter is None and known_labels(variant.model) is None:
+            continue  # a base without a head of its own
+        with display.bar(variant.label, len(rows)) as done:
+            found = score(variant.model, variant.adapter, rows, data.max_length, dtype, done)
+        cells = (f"{found.accuracy:.2%}", f"{found.macro_f1:.4f}", f"{found.loss:.4f}", f"{found.rows:,}")
+        table.add_row(variant.label, *cells)
+    return table
 
 
 def _rows(data: RowsConfig, tokenizer: Any, display: Display) -> Sequence[Tokens] | RowStream:

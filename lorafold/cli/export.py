@@ -24,6 +24,7 @@ def export(
         output: folder or file to write.
         overwrite: replace an existing output.
     """
+    from lorafold.config import METHODS
     from lorafold.errors import ConfigError
     from lorafold.files import check_output
     from lorafold.models.exports import export_gguf_adapter, export_mlx_adapter, export_peft
@@ -35,6 +36,8 @@ def export(
     trained = read_trained(run)
     if to == "peft" and trained.bare and trained.config.adapter.method == "lora":
         raise ConfigError(f"{run} is in PEFT's format already: copy the folder")
+    if METHODS[trained.config.adapter.method].whole:
+        raise ConfigError(f"{run} trained the model's own weights, so there is no adapter to export: use lorafold fold")
     loaded = load_trained(trained)
     if to == "peft":
         export_peft(loaded, trained.config.adapter, output)

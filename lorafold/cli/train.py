@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lorafold.config import AdapterSpec, DataConfig, RunConfig, TrainingConfig
+from lorafold.config import METHODS, AdapterSpec, DataConfig, RunConfig, TaskConfig, TrainingConfig
 
 _FLAT = Parameter(name="*")
 
@@ -16,6 +16,7 @@ def train(
     model: str,
     *,
     data: Annotated[DataConfig, _FLAT],
+    task: Annotated[TaskConfig, _FLAT] = TaskConfig(),  # noqa: B008
     adapter: Annotated[AdapterSpec, _FLAT] = AdapterSpec(),  # noqa: B008
     training: Annotated[TrainingConfig, _FLAT] = TrainingConfig(),  # noqa: B008
     output_dir: Path = Path("lorafold-run"),
@@ -32,19 +33,39 @@ def train(
         config: YAML file with any of these options; the command line wins.
         resume: go on with the run in output_dir from its last checkpoint (see save_steps), or begin it.
     """
+    import os
+
+    from lorafold.config.workers import workers_of
+    from lorafold.errors import ConfigError
+    from lorafold.models.classifier import is_quantized
+    from lorafold.runs.classify import classify
     from lorafold.runs.display import Display, output
     from lorafold.runs.start import start_worker
 
     del config  # expanded before parsing
-    run = start_worker(RunConfig(model, output_dir, data, adapter, training), Display(), resume)
+    wanted = RunConfig(model, output_dir, data, adapter, training, task)
+    if task.classifies:
+        if resume or workers_of(os.environ):
+            raise ConfigError(
+                "a classification run is one process from its beginning to its end: no resume, no torchrun"
+            )
+        run = classify(wanted, Display())
+    else:
+        run = start_worker(wanted, Display(), resume)
     if run is None:  # the first worker speaks for all
         return
     s = run.summary
+    if task.classifies:
+        output(f"held-out accuracy {s['accuracy_before']:.2%} -> {s['accuracy_after']:.2%}")
     output(
         f"held-out loss {s['eval_loss_before']:.4f} -> {s['eval_loss_after']:.4f}, "
         f"{s['samples_per_second']:.2f} samples/s, peak memory {s['peak_memory_bytes'] / 1e9:.2f} GB"
     )
-    if run.config.adapter.method == "qa-lora":
+    if task.classifies and is_quantized(run.config.model):
+        output(f"next: lorafold eval {model} --adapter {run.path} --task classification --data MORE_ROWS")
+    elif run.config.adapter.method == "qa-lora":
         output(f"next: lorafold fold {run.path} -o tuned.gguf")
+    elif METHODS[run.config.adapter.method].whole or task.classifies:
+        output(f"next: lorafold fold {run.path} -o tuned")
     else:
         output(f"next: lorafold export {run.path} --to peft -o adapter   (or --to gguf-adapter -o adapter.gguf)")

@@ -10,6 +10,7 @@ from lorafold.config.checks import check_positive, gather_faults
 from lorafold.config.data import DataConfig, RowsConfig
 from lorafold.config.quantize import QuantizeConfig
 from lorafold.config.run import RunConfig, option_names
+from lorafold.config.task import TaskConfig
 from lorafold.config.training import TrainingConfig
 from lorafold.config.workers import Launched, workers_of
 
@@ -25,6 +26,7 @@ __all__ = [
     "RankConfig",
     "RowsConfig",
     "RunConfig",
+    "TaskConfig",
     "TrainingConfig",
     "check_positive",
     "gather_faults",

@@ -24,16 +24,20 @@ class MethodInfo:
         learning_rate: default; AdamW's step is about the rate per element whatever the gradient, so the rate that suits
             a parametrization follows from what one step does to a weight. Half of the best rate of three or four in
             runs of 50 steps, since longer runs want less (docs/results/gsm8k.md).
+        whole: it trains parameters of the model itself, which need no adapter and no target.
     """
 
     summary: str
     options: tuple[str, ...]
     learning_rate: float
+    whole: bool = False
 
 
 _LOW_RANK = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 METHODS = {
-    "qa-lora": MethodInfo("offsets of a group-quantized base", (*_LOW_RANK, "adapt", "k_quants"), 4e-3),
+    "qa-lora": MethodInfo(
+        "offsets of a group-quantized base", (*_LOW_RANK, "adapt", "k_quants", "modules_to_save"), 4e-3
+    ),
     "lora": MethodInfo(
         "a low-rank update of any layer's weight",
         (
@@ -47,8 +51,16 @@ METHODS = {
         ),
         1e-3,
     ),
-    "vera": MethodInfo("two vectors a layer, between shared random matrices", ("r", "lora_dropout", "d_initial"), 5e-2),
+    "vera": MethodInfo(
+        "two vectors a layer, between shared random matrices",
+        ("r", "lora_dropout", "d_initial", "modules_to_save"),
+        5e-2,
+    ),
+    "full": MethodInfo("every parameter of a model that is not quantized", (), 5e-5, whole=True),
+    "last-layers": MethodInfo("the last blocks and what follows them", ("layers", "modules_to_save"), 2e-4, whole=True),
+    "head": MethodInfo("the head alone", ("modules_to_save",), 1e-2, whole=True),
 }
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform")  # options of every method with adapters
 DEFAULT_LEARNING_RATE = {name: info.learning_rate for name, info in METHODS.items()} | {"qa-lora full": 1e-3}
 
 
@@ -57,8 +69,9 @@ class AdapterSpec:
     """What is learned, and where.
 
     Attributes:
-        method: `lora` (activations; any base), `qa-lora` (offsets of a group-quantized base; folds exactly), or `vera`
-            (two vectors a layer between shared random matrices, arXiv 2310.11454).
+        method: `lora` (activations; any base), `qa-lora` (offsets of a group-quantized base; folds exactly), `vera`
+            (two vectors a layer between shared random matrices, arXiv 2310.11454), or without adapters `full` (every
+            parameter), `last-layers` (the last blocks and what follows them) and `head`.
         r: rank; `full` (qa-lora only) trains every offset directly.
         lora_alpha: the update is scaled by alpha / r; default 2 r. Unused with r = full.
         lora_dropout: probability of zeroing an input feature of the adapter while training (lora and vera).
@@ -80,9 +93,10 @@ class AdapterSpec:
         k_quants: how qa-lora adapts Q4_K and Q5_K: `promote` to Q4_1 and Q5_1 first (float16 offsets; the file grows
             by half a bit per weight), or `in-place` (same file size; offsets move in the steps the format has).
         d_initial: vera: what the vector of the inner dimension begins with.
+        layers: last-layers: how many blocks, counted from the end.
     """
 
-    method: Literal["qa-lora", "lora", "vera"] = "qa-lora"
+    method: Literal["qa-lora", "lora", "vera", "full", "last-layers", "head"] = "qa-lora"
     r: int | Literal["full"] = 8
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
@@ -100,6 +114,7 @@ class AdapterSpec:
     adapt: Literal["offset", "scale", "both"] = "offset"
     k_quants: Literal["promote", "in-place"] = "promote"
     d_initial: float = 0.1
+    layers: int = 2
 
     def __post_init__(self) -> None:
         refuse(self._faults())
@@ -114,6 +129,8 @@ class AdapterSpec:
             )
         if self.r != FULL and (type(self.r) is not int or self.r < 1):
             faults.append(f"r is {self.r!r}; it must be a positive whole number or 'full'")
+        if type(self.layers) is not int or self.layers < 1:
+            faults.append(f"layers is {self.layers!r}; it must be a positive whole number")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             faults.append(f"lora_alpha is {self.lora_alpha}; it must be positive")
         if not 0 <= self.lora_dropout < 1:
@@ -133,12 +150,13 @@ class AdapterSpec:
 
     def _foreign_options(self) -> list[str]:
         """Options that were given and mean nothing to this method."""
-        every = {name for info in METHODS.values() for name in info.options}
+        every = {name for info in METHODS.values() for name in info.options} | set(_TARGETS)
+        meant = {name: (*info.options, *(() if info.whole else _TARGETS)) for name, info in METHODS.items()}
         faults = []
         for f in fields(self):
             default = f.default_factory() if callable(f.default_factory) else f.default
-            if f.name in every - set(METHODS[self.method].options) and getattr(self, f.name) != default:
-                takers = " or ".join(name for name, info in METHODS.items() if f.name in info.options)
+            if f.name in every - set(meant[self.method]) and getattr(self, f.name) != default:
+                takers = " or ".join(name for name, options in meant.items() if f.name in options)
                 faults.append(f"{f.name} means nothing to {self.method}; leave it out, or use --method {takers}")
         return faults
 
@@ -189,6 +207,8 @@ class AdapterSpec:
     @property
     def label(self) -> str:
         """Short name for tables, such as `qa-lora r=8`."""
+        if METHODS[self.method].whole:
+            return f"last {self.layers} layers" if self.method == "last-layers" else self.method
         what = {"offset": "", "scale": " scales", "both": " offsets and scales"}[self.adapt]
         start = "" if self.init_lora_weights == "kaiming" else f" {self.init_lora_weights}"
         return f"{'dora' if self.use_dora else self.method} r={self.r}{what}{start}"

@@ -9,6 +9,7 @@ from typing import Any
 from lorafold.config.adapter import METHODS, AdapterSpec
 from lorafold.config.checks import gather_faults, refuse
 from lorafold.config.data import DataConfig
+from lorafold.config.task import TaskConfig
 from lorafold.config.training import TrainingConfig
 from lorafold.errors import nearest
 
@@ -20,7 +21,7 @@ class RunConfig:
     Attributes:
         model: `.gguf` file, transformers folder, hub id, or `smollm2`.
         output_dir: the run folder.
-        data, adapter, training: the three groups of options.
+        data, adapter, training, task: the groups of options.
     """
 
     model: str
@@ -28,6 +29,7 @@ class RunConfig:
     data: DataConfig
     adapter: AdapterSpec = field(default_factory=AdapterSpec)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
 
     def resolved(self) -> RunConfig:
         """The same run with every default that depends on something else written out, and paths that hold anywhere."""
@@ -47,7 +49,7 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Flat mapping of plain values, ready for YAML."""
         flat: dict[str, Any] = {"model": self.model, "output_dir": str(self.output_dir)}
-        for group in (self.adapter, self.data, self.training):
+        for group in (self.task, self.adapter, self.data, self.training):
             flat |= asdict(group)
         return {key: _plain(value) for key, value in flat.items()}
 
@@ -75,7 +77,12 @@ class RunConfig:
         return cls(values["model"], values["output_dir"], **groups)
 
 
-_GROUPS: dict[str, Any] = {"adapter": AdapterSpec, "data": DataConfig, "training": TrainingConfig}
+_GROUPS: dict[str, Any] = {
+    "task": TaskConfig,
+    "adapter": AdapterSpec,
+    "data": DataConfig,
+    "training": TrainingConfig,
+}
 
 
 def option_names() -> list[str]:

@@ -26,7 +26,9 @@ from lorafold.adapters.inject import (
     check_name,
     make_adapter,
     make_parameter_adapter,
+    make_whole,
 )
+from lorafold.adapters.parameters import ParameterDelta
 from lorafold.adapters.targets import adaptable, linear_layers
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, ConfigError, bullet_list
@@ -49,14 +51,23 @@ POOLING = "sqrt(group_size)"  # adapters/group.py
 CONFIG, WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
 
 
-def save_adapter(folder: Path, loaded: LoadedModel, spec: AdapterSpec, name: str = "default") -> None:
+def save_adapter(
+    folder: Path,
+    loaded: LoadedModel,
+    spec: AdapterSpec,
+    name: str = "default",
+    notes: Mapping[str, str] | None = None,
+) -> None:
     """Write the adapter `name` of a model; the folder appears whole or not at all.
+
+    Args:
+        notes: what else the header of the tensors says.
 
     Raises:
         OutputError: it cannot be written.
     """
     config = {"base_model_name_or_path": str(loaded.path)} | stored_config(loaded.model, spec, name)
-    header = {"format": "pt", "base_weights_sha256": loaded.weights_hash()}
+    header = {"format": "pt", "base_weights_sha256": loaded.weights_hash(), **(notes or {})}
     if spec.method == "qa-lora":
         header["pooling_divisor"] = POOLING
     write_adapter_folder(folder, config, stored_tensors(loaded.model, name), header)
@@ -158,9 +169,12 @@ def attach_tensors(
         if "" in parts:
             plain = plain_parameter(model, path)
             assert plain is not None
-            built[path] = make_parameter_adapter(model, path, None)
-            faults += _part_faults(path, "", parts[""], plain) or _fill(
-                built[path], {"change": parts[""].to(plain.device).float() - plain.detach().float()}, path
+            built[path] = make_whole(model, path, spec)
+            new = parts[""].to(plain.device).float()
+            faults += _part_faults(path, "", new, plain) or _fill(
+                built[path],
+                {"change": new - plain.detach().float()} if isinstance(built[path], ParameterDelta) else {"value": new},
+                path,
             )
         elif path not in layers and plain_parameter(model, path) is None:
             faults.append(f"{path} cannot be adapted with {spec.method}")
@@ -177,7 +191,8 @@ def attach_tensors(
         raise AdapterError(bullet_list(faults[:12] + ([f"and {len(faults) - 12} more"] if len(faults) > 12 else [])))
     result = Injection(list(built), trainable=sum(t.numel() for t in tensors.values()))
     if spec.method == "qa-lora":
-        result.promoted = prepare_group_bases(linear_layers(model), list(built), spec)
+        packed = [path for path in built if "" not in grouped[path]]
+        result.promoted = prepare_group_bases(linear_layers(model), packed, spec)
     for path, adapter in built.items():
         put = attach if path in layers and "" not in grouped[path] else attach_parameter
         put(model, path, adapter.requires_grad_(False), name)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorafold.adapters.lowrank import LowRank, padded
 from lorafold.adapters.targets import linear_layers
-from lorafold.config import FULL, AdapterSpec
+from lorafold.config import FULL, METHODS, AdapterSpec
 from lorafold.errors import AdapterError, bullet_list
 from lorafold.models.adapter_files import POOLING, WEIGHTS, load_adapter, read_spec, write_adapter_folder
 from lorafold.models.exports import lora_pairs
@@ -68,6 +68,11 @@ def read_updates(folder: Path) -> StoredAdapter:
         AdapterError: it is none, uses what is not supported, or its tensors make no updates; all faults are named.
     """
     spec, config = read_spec(folder)
+    if METHODS[spec.method].whole:
+        raise AdapterError(
+            f"{folder} holds weights trained with --method {spec.method} and no adapter; lorafold fold makes a model "
+            "of them, and lorafold adapters extract an adapter of that"
+        )
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -28,19 +28,28 @@ from lorafold.files import replacing, replacing_folder
 from lorafold.models.adapter_files import CONFIG, MLX_WEIGHTS, save_adapter, write_adapter_folder
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.load import LoadedModel
+from lorafold.models.peft_format import stored_config, stored_names, stored_tensors
 from lorafold.models.tensors import save_tensors
 from lorafold.quant.linear import QuantLinear
 
 
-def lora_pairs(loaded: LoadedModel, name: str = "default") -> dict[str, tuple[Tensor, Tensor, float]]:
+def lora_pairs(
+    loaded: LoadedModel, name: str = "default", parameters: bool = False
+) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Every adapted layer as an ordinary LoRA: A [r, in], B [out, r] and its scaling s (delta = s B A).
 
     Where offsets are learned directly, or the file stores them coarsely (K-quants in place, bfloat16), the update that
     was realized is what counts: row g of A marks the inputs of group g, and B is that update.
+
+    Args:
+        parameters: there may be adapters of parameters too, which the caller sees to.
+
+    Raises:
+        AdapterError: there is more than that.
     """
     pairs = {}
     held = [path for path, c in carriers(loaded.model) if isinstance(c, AdaptedParameter) and name in c.adapters]
-    odd = [f"{path}: no layer's weight" for path in held]
+    odd = [] if parameters else [f"{path}: no layer's weight" for path in held]
     for path, layer in adapted_layers(loaded.model):
         if name not in layer.adapters:
             continue
@@ -88,13 +97,13 @@ def export_peft(loaded: LoadedModel, spec: AdapterSpec, folder: Path, name: str 
     """
     if spec.method != "qa-lora":
         return save_adapter(folder, loaded, spec, name)
-    pairs = lora_pairs(loaded, name)
+    pairs = lora_pairs(loaded, name, parameters=True)
     ranks = {path: a.shape[0] for path, (a, _, _) in pairs.items()}
     alphas = {path: scaling * ranks[path] for path, (_, _, scaling) in pairs.items()}
     first = next(iter(pairs))
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": stored_config(loaded.model, spec, name)["task_type"],
         "base_model_name_or_path": str(loaded.path),
         "r": ranks[first],
         "lora_alpha": alphas[first],
@@ -103,9 +112,12 @@ def export_peft(loaded: LoadedModel, spec: AdapterSpec, folder: Path, name: str 
         "lora_dropout": 0.0,
         "target_modules": sorted(pairs),
         "bias": "none",
+        "modules_to_save": list(spec.modules_to_save) or None,
         "inference_mode": True,
     }
-    tensors = {}
+    stored = stored_tensors(loaded.model, name)
+    whole = [key for own, key in stored_names(loaded.model, name).items() if own.endswith(".change")]
+    tensors = {key: stored[key] for key in whole}
     for path, (a, b, _) in pairs.items():
         tensors[f"base_model.model.{path}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{path}.lora_B.weight"] = b.contiguous()

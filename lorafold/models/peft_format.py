@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from lorafold.adapters.adapted import AdaptedLayer, carriers, parameter_names, plain_modules, plain_parameter
 from lorafold.adapters.lora import LoRA, VeRA
-from lorafold.adapters.parameters import AdaptedParameter, ParameterDelta, ParameterLoRA
+from lorafold.adapters.parameters import AdaptedParameter, ParameterDelta, ParameterLoRA, ParameterValue
 from lorafold.adapters.sites import ConvSite
 from lorafold.adapters.targets import adaptable, linear_layers
-from lorafold.config import AdapterSpec
+from lorafold.config import METHODS, AdapterSpec
 
 PREFIX = "base_model.model."
 PARTS = (
@@ -35,7 +35,14 @@ TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
 }
-KINDS = {"LORA": "lora", "QA_LORA": "qa-lora", "VERA": "vera"}
+KINDS = {
+    "LORA": "lora",
+    "QA_LORA": "qa-lora",
+    "VERA": "vera",
+    "FULL": "full",  # from here on names of our own
+    "LAST_LAYERS": "last-layers",
+    "HEAD": "head",
+}
 _UNSUPPORTED = {  # PEFT options that change what the tensors mean -> the value under which they change nothing
     "use_qalora": False,
     "lora_bias": False,
@@ -63,7 +70,7 @@ def stored_names(model: nn.Module, name: str) -> dict[str, str]:
                 seen[owner] += 1
                 where = owner + ".base_layer" * (owners[owner] - seen[owner])
         for key, _ in adapter.named_parameters():
-            if isinstance(adapter, ParameterDelta):
+            if isinstance(adapter, ParameterDelta | ParameterValue):
                 names[f"{path}.{key}"] = PREFIX + _whole_name(model, path, name)
             else:
                 weight = ".weight" if key in ("lora_A", "lora_B") else ""
@@ -130,10 +137,15 @@ def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 def stored_config(model: nn.Module, spec: AdapterSpec, name: str) -> dict[str, Any]:
     """adapter_config.json but for what is known of the base; ranks and scalings are those that the layers have."""
     held = {path: carrier.adapters[name] for path, carrier in carriers(model) if name in carrier.adapters}
-    layers = [path for path, a in held.items() if not isinstance(a, ParameterLoRA | ParameterDelta)]
+    kind = next(key for key, method in KINDS.items() if method == spec.method)
+    task = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
+    if METHODS[spec.method].whole:
+        own = {"layers": spec.layers, "modules_to_save": list(spec.modules_to_save)}
+        return {"peft_type": kind, "task_type": task} | {k: own[k] for k in METHODS[spec.method].options}
+    layers = [path for path, a in held.items() if not isinstance(a, ParameterLoRA | ParameterDelta | ParameterValue)]
     config: dict[str, Any] = {
-        "peft_type": next(key for key, method in KINDS.items() if method == spec.method),
-        "task_type": next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None),
+        "peft_type": kind,
+        "task_type": task,
         "r": spec.r,
         "lora_alpha": spec.alpha,
         "lora_dropout": spec.lora_dropout,
@@ -143,10 +155,12 @@ def stored_config(model: nn.Module, spec: AdapterSpec, name: str) -> dict[str, A
         "inference_mode": True,
     }
     if spec.method == "qa-lora":
-        return config | {"adapt": spec.adapt, "k_quants": spec.k_quants}
+        whole = {"modules_to_save": list(spec.modules_to_save) or None}
+        return config | {"adapt": spec.adapt, "k_quants": spec.k_quants} | whole
     if spec.method == "vera":
         wanted = {k: config[k] for k in ("peft_type", "task_type", "r", "target_modules", "bias", "inference_mode")}
-        return wanted | {"vera_dropout": spec.lora_dropout, "d_initial": spec.d_initial, "save_projection": True}
+        wanted |= {"vera_dropout": spec.lora_dropout, "d_initial": spec.d_initial, "save_projection": True}
+        return wanted | {"modules_to_save": _whole_modules(model, spec) or None}
     config |= {"use_dora": spec.use_dora, "modules_to_save": _whole_modules(model, spec) or None}
     parameters = [path for path, _ in _experts(model, name)]
     if parameters:
@@ -207,7 +221,9 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
 
 def malformed(config: Mapping[str, Any]) -> list[str]:
     """What in a configuration has a type or value that no adapter has."""
-    faults = []
+    faults: list[str] = []
+    if METHODS[KINDS[config["peft_type"]]].whole:
+        return faults
     if config.get("r") != "full" and type(config.get("r")) is not int:
         faults.append(f"r is {config.get('r')!r}, not a whole number")
     alpha = config.get("lora_alpha")
@@ -253,10 +269,13 @@ def spec_of(config: Mapping[str, Any]) -> AdapterSpec:
         ConfigError, KeyError, TypeError: it is incomplete or impossible.
     """
     method = KINDS[config["peft_type"]]
+    whole = tuple(config.get("modules_to_save") or ())
+    if METHODS[method].whole:
+        own = {"layers": config.get("layers", 2), "modules_to_save": whole}
+        return AdapterSpec(method, **{k: own[k] for k in METHODS[method].options})  # type: ignore[arg-type]
     if method == "vera":
-        return AdapterSpec(
-            "vera", config["r"], lora_dropout=config.get("vera_dropout", 0.0), d_initial=config.get("d_initial", 0.1)
-        )
+        options = {"lora_dropout": config.get("vera_dropout", 0.0), "d_initial": config.get("d_initial", 0.1)}
+        return AdapterSpec("vera", config["r"], **options, modules_to_save=whole)
     spec = {
         "method": method,
         "r": config["r"],
@@ -268,11 +287,12 @@ def spec_of(config: Mapping[str, Any]) -> AdapterSpec:
         "alpha_pattern": config.get("alpha_pattern") or {},
     }
     if method == "qa-lora":
-        return AdapterSpec(**spec, adapt=config.get("adapt", "offset"), k_quants=config.get("k_quants", "promote"))
+        spec |= {"adapt": config.get("adapt", "offset"), "k_quants": config.get("k_quants", "promote")}
+        return AdapterSpec(**spec, modules_to_save=whole)
     return AdapterSpec(
         **spec,
         bias=config.get("bias", "none"),
-        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        modules_to_save=whole,
         target_parameters=tuple(config.get("target_parameters") or ()),
     )
 

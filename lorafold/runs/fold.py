@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from lorafold.adapters.adapt import unload
 from lorafold.adapters.adapted import Carrier, adapted_layers, carriers, plain_parameter
 from lorafold.adapters.fold import (
     LEAST_KEPT,
@@ -28,6 +29,7 @@ from lorafold.errors import FoldError, bullet_list
 from lorafold.files import replacing_folder, size_on_disk
 from lorafold.models.adapter_files import load_adapter
 from lorafold.models.bnb_folder import create_bnb
+from lorafold.models.classifier import adapter_labels, load_classifier, save_classifier, stored_type
 from lorafold.models.gguf_file import DENSE
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import LoadedModel, load
@@ -79,12 +81,13 @@ class FoldReport:
 
 
 def load_trained(run: Run, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
-    """The base model with the run's adapter active.
+    """The base model with the run's adapter active; of a classification run with the head it trained.
 
     Raises:
         FormatError, AdapterError: the base is gone, or its weights are not those of the run.
     """
-    loaded = load(run.config.model, dtype, device)
+    labels, model = adapter_labels(run.adapter), run.config.model
+    loaded = load(model, dtype, device) if labels is None else load_classifier(model, labels, dtype, device)
     load_adapter(loaded, run.adapter)
     return loaded
 
@@ -106,6 +109,8 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
         raise FoldError(f"{path} is the base of this run, without which it cannot be used again; choose another output")
     if loaded.gguf is not None or loaded.mlx is not None or loaded.bnb is not None:
         refuse_parameters(loaded.model, "only a transformers folder is folded with these; lorafold export keeps them")
+    if labels := adapter_labels(run.adapter):
+        return _fold_classifier(loaded, labels, path, to, lossy)
     if loaded.mlx is not None:
         return _fold_mlx(loaded, loaded.mlx, path, to, lossy)
     if loaded.bnb is not None:
@@ -293,7 +298,7 @@ def _dense_report(kept: list[float], size: int) -> FoldReport:
 
 @torch.no_grad()
 def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> FoldReport:
-    """Merge a LoRA run into a copy of a transformers folder, each weight in the type it had."""
+    """Merge a run into a copy of a transformers folder, each weight in the type it had."""
     if to not in (None, *DENSE_TYPES):
         raise FoldError(f"a transformers folder is written in {', '.join(DENSE_TYPES)}, not {to}")
     merges = {
@@ -318,6 +323,20 @@ def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -
             raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(merges)[:5]))
         report = _dense_report(kept, size_on_disk(loaded.path))
         _refuse_loss(report, lossy)
+    return _sized(report, path)
+
+
+@torch.no_grad()
+def _fold_classifier(loaded: LoadedModel, labels: list[str], path: Path, to: str | None, lossy: bool) -> FoldReport:
+    """Write a classifier with what it learned as a folder that transformers loads, in the base's type."""
+    if to not in (None, *DENSE_TYPES):
+        raise FoldError(f"a transformers folder is written in {', '.join(DENSE_TYPES)}, not {to}")
+    dtype = DENSE_TYPES[to] if to else stored_type(loaded.path)
+    pairs = (_before_and_after(loaded.model, *carrier) for carrier in carriers(loaded.model))
+    kept = [kept_fraction(wanted.to(dtype).float() - before, wanted - before) for before, wanted in pairs]
+    report = _dense_report(kept, size_on_disk(loaded.path))
+    _refuse_loss(report, lossy)
+    save_classifier(unload(loaded.model, merge=True), loaded, labels, dtype, path)
     return _sized(report, path)
 
 

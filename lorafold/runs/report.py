@@ -78,7 +78,7 @@ def loss_plot(metrics: Sequence[dict[str, Any]]) -> str:
             [m["step"] for m in evals], [m["eval_loss"] for m in evals], color=_ORANGE, marker="o", label="held out"
         )
         axes.set_xlabel("step")
-        axes.set_ylabel("loss (nats per token)")
+        axes.set_ylabel("loss (nats)")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         buffer = io.StringIO()

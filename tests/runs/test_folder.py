@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
-from lorafold.config import DEFAULT_LEARNING_RATE, AdapterSpec, DataConfig, RunConfig, TrainingConfig, option_names
+from lorafold.config import (
+    DEFAULT_LEARNING_RATE,
+    AdapterSpec,
+    DataConfig,
+    RunConfig,
+    TaskConfig,
+    TrainingConfig,
+    option_names,
+)
 from lorafold.errors import ConfigError
 from lorafold.files import OutputError
 from lorafold.runs.folder import RunFolder, read_run
@@ -31,6 +39,7 @@ CONFIG = RunConfig(
     TrainingConfig(
         2, 3, 0.5, 16.0, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, 5, 6, True, 99, "2GB", 30, True, "float32", "cpu", 8, 1, 2
     ),
+    TaskConfig("classification", "{title}", "stars"),
 )
 SUMMARY: dict[str, Any] = {
     "eval_loss_before": 2.0,
@@ -59,7 +68,7 @@ def test_the_example_sets_every_option() -> None:
     """So that the round trip below covers new options as well."""
     plain = RunConfig("other", Path("other"), DataConfig(Path("other")))
     same = [key for key, value in CONFIG.to_dict().items() if value == plain.to_dict()[key]]
-    assert same == ["adapt", "k_quants", "d_initial"]  # of other methods than lora
+    assert same == ["adapt", "k_quants", "d_initial", "layers"]  # of other methods than lora
     assert set(CONFIG.to_dict()) == set(option_names())
 
 
@@ -152,7 +161,9 @@ def test_config_yaml_is_for_people(tmp_path: Path) -> None:
     assert "{a} – ü" in text
     assert "!!" not in text  # plain values only
     assert list(yaml.safe_load(text)) == list(CONFIG.to_dict())
-    assert len(CONFIG.to_dict()) == 2 + sum(len(fields(k)) for k in (AdapterSpec, DataConfig, TrainingConfig))
+    assert len(CONFIG.to_dict()) == 2 + sum(
+        len(fields(k)) for k in (AdapterSpec, DataConfig, TrainingConfig, TaskConfig)
+    )
 
 
 def test_report_shows_figures_and_escapes_text(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""Which parameters are trained whole: those of the methods without adapters, of `modules_to_save`, and biases."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lorafold.adapters.adapted import parameter_names, plain_modules
+from lorafold.adapters.targets import own_parameters, refuse_tied_parameters
+from lorafold.config import METHODS, AdapterSpec
+from lorafold.errors import AdapterError, bullet_list, nearest
+from lorafold.quant.linear import QuantEmbedding, QuantLinear
+
+_PACKED = (QuantLinear, QuantEmbedding)
+
+
+def whole_parameters(model: nn.Module, spec: AdapterSpec, targets: list[str]) -> list[str]:
+    """Names of the parameters that a spec trains whole.
+
+    Args:
+        targets: names of the adapted layers, whose biases `lora_only` means.
+
+    Raises:
+        AdapterError: a name matches nothing, a matrix is packed, the model has no such part, or its head has the
+            weights of the embedding.
+    """
+    of_method = {
+        "full": lambda: [""],
+        "last-layers": lambda: _last_layers(model, spec.layers),
+        "head": lambda: head(model),
+    }
+    chosen = [*of_method.get(spec.method, list)(), *_named(model, spec)]
+    modules = plain_modules(model)
+    packed = [
+        path
+        for path, module in modules.items()
+        if isinstance(module, _PACKED) and any(_within(path, owner) for owner in chosen)
+    ]
+    if packed:
+        others = f", and so are {len(packed) - 1} others" if packed[1:] else ""
+        raise AdapterError(f"{packed[0]} is packed{others}: steps of a code are too coarse to train{_way_out(spec)}")
+    if spec.method == "head" and _tied(model):
+        raise AdapterError(
+            f"{chosen[0]} has the embedding's weights in this model, so it cannot be trained alone; use --method "
+            "last-layers, which leaves it out, or full"
+        )
+    found = [name for name in own_parameters(model) if any(_within(name, owner) for owner in chosen)]
+    if spec.bias != "none":
+        for path, module in modules.items():
+            if isinstance(getattr(module, "bias", None), Tensor) and (spec.bias == "all" or path in targets):
+                found.append(f"{path}.bias".removeprefix("."))
+    if not METHODS[spec.method].whole:
+        refuse_tied_parameters(model, found)
+    return list(dict.fromkeys(found))
+
+
+def _way_out(spec: AdapterSpec) -> str:
+    if spec.method in ("full", "last-layers", "head"):
+        return (
+            f". --method {spec.method} needs weights that are not quantized; adapt this model (lora, qa-lora) instead"
+        )
+    return "; adapt it instead of naming it in modules_to_save"
+
+
+def _within(name: str, owner: str) -> bool:
+    return not owner or name == owner or name.startswith(f"{owner}.")
+
+
+def _named(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    modules = plain_modules(model)
+    chosen, faults = [], []
+    for wanted in spec.modules_to_save:
+        hits = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]
+        if not hits:
+            faults.append(f"modules_to_save: {wanted!r} matches no module{nearest(wanted, list(modules))}")
+        chosen += hits
+        for path in hits:
+            inside = [n for n in modules if _within(n, path)]
+            if any(modules[n]._buffers.keys() - modules[n]._non_persistent_buffers_set for n in inside):
+                faults.append(f"modules_to_save: {path} has buffers, such as running means, that no adapter file holds")
+            elif not any(parameter_names(modules[n]) or isinstance(modules[n], _PACKED) for n in inside):
+                faults.append(f"modules_to_save: {path} has no parameters to train")
+    if faults:
+        raise AdapterError(bullet_list(faults))
+    return chosen
+
+
+def head(model: nn.Module) -> list[str]:
+    """Names of the modules with parameters that transformers puts on a base model.
+
+    Raises:
+        AdapterError: there are none.
+    """
+    base = getattr(model, "base_model_prefix", None)
+    found = [n for n, m in model.named_children() if n != base and any(True for _ in (*m.parameters(), *m.buffers()))]
+    if not isinstance(base, str) or not found:
+        raise AdapterError("this model has no head that could be told from its base; name parts in modules_to_save")
+    return found
+
+
+def _tied(model: nn.Module) -> bool:
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return output is not None and bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks, from the input on: the longest list of modules that lies in no other.
+
+    Raises:
+        AdapterError: the model has no list of modules.
+    """
+    every = [(n, m) for n, m in plain_modules(model).items() if isinstance(m, nn.ModuleList)]
+    lists = [(n, m) for n, m in every if not any(n.startswith(f"{outer}.") for outer, _ in every)]
+    if not lists:
+        raise AdapterError("this model has no list of blocks, of which the last could be trained")
+    name, longest = max(lists, key=lambda item: len(item[1]))
+    return [f"{name}.{i}".removeprefix(".") for i in range(len(longest))]
+
+
+def _last_layers(model: nn.Module, count: int) -> list[str]:
+    """The last blocks and what the model defines after them; a head with the embedding's weights is left out."""
+    every = blocks(model)
+    if count > len(every):
+        raise AdapterError(f"layers is {count}, and the model has {len(every)} blocks")
+    order = [n for n, m in plain_modules(model).items() if not list(m.children())]
+    after = order[max(i for i, n in enumerate(order) if _within(n, every[-1])) + 1 :]
+    tied = model.get_output_embeddings() if _tied(model) else None  # type: ignore[operator]
+    return every[-count:] + [n for n in after if tied is None or plain_modules(model)[n] is not tied]
