@@ -17,6 +17,7 @@ from lorafold.adapters.lora import LoRA
 from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.adapters.sites import LinearSite
 from lorafold.errors import AdapterError
+from lorafold.quant.linear import pooled
 
 
 class _Rows:
@@ -94,10 +95,14 @@ class _RowAdapters:
             for adapter, which in zip(self.adapters, self.which, strict=True):
                 added[which] = adapter.extra(seen[which], plain[which])
             return y + self.rows.together(added, y)
-        seen = self.rows.apart(x.unflatten(-1, (-1, self.group)).sum(-1) if self.group > 1 else x)
+        seen = self.rows.apart(pooled(x, self.group) if self.group > 1 else x)
         seen = seen.reshape(len(seen), -1, seen.shape[-1])
         hidden = seen if self.a is None else seen @ self.a.to(x.dtype).mT
-        return y + self.rows.together(hidden @ self.b.to(x.dtype).mT, y)
+        b = self.b.to(x.dtype).mT
+        if self.rows.lengths:
+            return y + self.rows.together(hidden @ b, y)
+        y.view(len(seen), -1, y.shape[-1]).baddbmm_(hidden, b)  # in place: one pass less over the output
+        return y
 
 
 def _stacked(factors: list[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 A folder is loaded as it is. A quantized language model stays packed, and a head is put on it.
 
 The head computes in float32 whatever the rest computes in: it is small, and it is trained from nothing. Dropout of
-attention weights is not computed, as nowhere here: with it torch has no fused attention, and steps take twice as long.
+attention weights is not computed, as nowhere here: with it torch has no fused attention, and steps take half as long
+again.
 """
 
 from __future__ import annotations

@@ -56,6 +56,11 @@ def multiply(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     return F.linear(x, weight) if transposed else x @ weight
 
 
+def pooled(x: Tensor, size: int) -> Tensor:
+    """The sum of X [..., I] over each group of `size` inputs, [..., I / size]; nothing is differentiated."""
+    return block.pool(x, size) if block.usable(x) else x.unflatten(-1, (-1, size)).sum(-1)
+
+
 class _PackedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, offset: Tensor | None, scale: Tensor | None, weight: QuantizedWeight) -> Tensor:
@@ -64,8 +69,7 @@ class _PackedMatmul(torch.autograd.Function):
         if scale is not None and scale.requires_grad:
             kept = x
         elif offset is not None and offset.requires_grad:
-            size = weight.format.group_size
-            kept = block.pool(x, size) if block.usable(x) else x.unflatten(-1, (-1, size)).sum(-1)
+            kept = pooled(x, weight.format.group_size)
         ctx.save_for_backward(offset, scale, kept)
         return multiply(x, _decoded(weight, x.dtype, offset, scale), True)
 
