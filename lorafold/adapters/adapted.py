@@ -114,6 +114,8 @@ def carriers(model: nn.Module) -> list[tuple[str, Carrier]]:
         if isinstance(module, AdaptedLayer):
             found.append((path, module))
             module = module.base
+        if not module._modules:
+            continue
         children, prefix = module._modules, f"{path}." if path else ""
         chains = children.get("parametrizations")
         if isinstance(chains, nn.ModuleDict):
@@ -123,7 +125,7 @@ def carriers(model: nn.Module) -> list[tuple[str, Carrier]]:
                 seen.update(links)
         for name in reversed(children):
             child = children[name]
-            if child is not None and child is not chains:
+            if child is not None and child._modules and child is not chains:
                 stack.append((prefix + name, child))
     return found
 
@@ -232,10 +234,11 @@ def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
     """
     wanted = (names,) if isinstance(names, str) else tuple(names or ())
     found = [carrier for _, carrier in carriers(model)]
-    if not all(any(name in carrier.adapters for carrier in found) for name in wanted):
+    if not all(any(name in carrier.adapters._modules for carrier in found) for name in wanted):
         refuse_unknown(model, wanted)
     for carrier in found:
-        carrier.active = tuple([name for name in wanted if name in carrier.adapters])
+        held = carrier.adapters._modules
+        vars(carrier)["active"] = tuple([name for name in wanted if name in held])  # past torch's slow __setattr__
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
