@@ -11,14 +11,18 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafold.adapters.adapted import adapted_layers
+from lorafold.adapters.inject import inject
 from lorafold.cli.main import run
+from lorafold.config import AdapterSpec
 from lorafold.data.tokens import Tokens
+from lorafold.models.adapter_files import save_adapter
 from lorafold.models.gguf_file import GGUFFile
-from lorafold.models.load import LoadedModel
+from lorafold.models.load import LoadedModel, load
 from lorafold.models.tokenizer import load_tokenizer
 from tests.tiny import tiny_gguf, tiny_ids, tiny_model
 
@@ -51,6 +55,30 @@ def related_rows(count: int, seed: int = 0, longest: int = 30) -> list[Tokens]:
     order = generator.permutation(count)
     supervised = [[False, *(generator.random(len(rows[i]) - 1) < 0.6).tolist()] for i in order]
     return [Tokens(rows[i], flags, n) for n, (i, flags) in enumerate(zip(order, supervised, strict=True))]
+
+
+def random_adapter(path: Path, base: Path, seed: int, scale: float = 0.3, **options: Any) -> Path:
+    """A folder of an adapter of random numbers, for a base and the options of its AdapterSpec."""
+    loaded, spec = load(base), AdapterSpec(**options)
+    inject(loaded.model, spec)
+    lora_like(loaded.model, seed, scale)
+    save_adapter(path, loaded, spec)
+    return path
+
+
+def edited_adapter(
+    adapter: Path, to: Path, config: dict[str, Any] | None = None, drop: str = "", **tensors: Tensor
+) -> Path:
+    """A copy of an adapter folder with other options, and without or with other tensors."""
+    weights = "adapter_model.safetensors"
+    stored = {k: v for k, v in load_file(adapter / weights).items() if not drop or drop not in k}
+    options = json.loads((adapter / "adapter_config.json").read_text())
+    to.mkdir()
+    save_file(
+        stored | tensors, to / "adapter_model.safetensors", {"format": "pt", "pooling_divisor": "sqrt(group_size)"}
+    )
+    (to / "adapter_config.json").write_text(json.dumps(options | (config or {})))
+    return to
 
 
 def write_data(path: Path, count: int = 20) -> Path:

@@ -14,7 +14,6 @@ from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.lora import LoRA
 from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.errors import AdapterError
-from lorafold.quant.linear import QuantLinear
 
 Adapter = LoRA | GroupAdapter
 
@@ -58,25 +57,25 @@ class AdaptedLayer(nn.Module):
 
     def offset(self) -> Tensor | None:
         """Offsets [out, groups] it computes with, as its file stores them; None where none are learned."""
-        updates = [
-            u for a in self.active_adapters() if isinstance(a, GroupAdapter) and (u := a.offset_update()) is not None
-        ]
-        if not updates:
+        update = self._sum(GroupAdapter.offset_update)
+        if update is None:
             return None
-        assert isinstance(self.base, QuantLinear)
-        packed = self.base.packed
-        return packed.format.move_offset(packed.format.offset(packed.blocks), sum(updates[1:], updates[0]))
+        packed = self.base.packed  # type: ignore[union-attr]
+        return packed.format.move_offset(packed.format.offset(packed.blocks), update)  # type: ignore[union-attr, operator]
 
     def scale(self) -> Tensor | None:
         """Scales [out, groups] it computes with, as its file stores them; None where none are learned."""
-        updates = [
-            u for a in self.active_adapters() if isinstance(a, GroupAdapter) and (u := a.scale_update()) is not None
-        ]
-        if not updates:
+        update = self._sum(GroupAdapter.scale_update)
+        if update is None:
             return None
-        assert isinstance(self.base, QuantLinear)
-        packed = self.base.packed
-        return packed.format.move_scale(packed.format.scale(packed.blocks), sum(updates[1:], updates[0]))
+        packed = self.base.packed  # type: ignore[union-attr]
+        return packed.format.move_scale(packed.format.scale(packed.blocks), update)  # type: ignore[union-attr, operator]
+
+    def _sum(self, update: Callable[[GroupAdapter], Tensor | None]) -> Tensor | None:
+        """What the active group adapters change of one parameter, together."""
+        parts = [update(adapter) for adapter in self.active_adapters() if isinstance(adapter, GroupAdapter)]
+        learned = [part for part in parts if part is not None]
+        return sum(learned[1:], learned[0]) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer gives for x, with its active adapters."""

@@ -89,7 +89,6 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
             result.frozen = {path: kind for path in targets if (kind := unsuitable(linear[path], spec))}
             if len(result.frozen) < len(targets):
                 targets = result.modules = [path for path in targets if path not in result.frozen]
-        result.promoted = prepare_group_bases(linear, targets, spec)
     parameters = find_parameters(model, spec)
     attention = [path for path in targets if isinstance(layers[path], nn.MultiheadAttention)]
     for path in attention:
@@ -99,6 +98,8 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     check_name(model, name, (*targets, *parameters, *whole))
     if spec.init_lora_weights == "eva":
         raise AdapterError("init_lora_weights eva begins with what layers see of rows, which lorafold train gives them")
+    if spec.method == "qa-lora":  # last of what may refuse, since it changes the base
+        result.promoted = prepare_group_bases(linear_layers(model), targets, spec)
     made: dict[str, nn.Module] = {}
     shared = _vera_matrices([layers[path] for path in plain], spec)
     for path in plain:

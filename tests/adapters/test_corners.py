@@ -17,6 +17,7 @@ from lorafold.adapters.adapt import adapt, merged, unload, unmerged
 from lorafold.adapters.adapted import carriers, set_active
 from lorafold.adapters.inject import adapter_state, inject
 from lorafold.adapters.rows import adapters_by_row
+from lorafold.adapters.targets import linear_layers
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError
 from lorafold.models.adapter_files import attach_tensors, load_adapter, save_adapter
@@ -233,6 +234,13 @@ def test_refusals_leave_nothing_behind() -> None:
             adapt(root, lora("all-linear"))
     with pytest.raises(AdapterError, match="lorafold train"):
         adapt(model, lora("0", init_lora_weights="eva"), "two")
+
+
+def test_a_refusal_promotes_nothing(tiny_file: Callable[..., Path]) -> None:
+    loaded = load(tiny_file("llama", "Q4_0"))
+    with pytest.raises(AdapterError, match="cannot be named"):
+        inject(loaded.model, AdapterSpec("qa-lora", target_modules=("q_proj",)), "a b")
+    assert {layer.codec for layer in linear_layers(loaded.model).values()} == {"Q4_0"}
 
 
 def test_names_of_other_peoples_modules() -> None:

@@ -11,20 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.auto import AutoModelForCausalLM
 
 from lorafold.adapters.adapted import adapted_layers
 from lorafold.adapters.fold import base_weight, fold
-from lorafold.adapters.inject import inject
 from lorafold.adapters.lora import LoRA
 from lorafold.adapters.targets import linear_layers
-from lorafold.config import AdapterSpec
-from lorafold.models.adapter_files import load_adapter, save_adapter
+from lorafold.models.adapter_files import load_adapter
 from lorafold.models.load import load
 from lorafold.quant.ggml import Codec
-from tests.practice import command, lora_like, same_logits, tiny_folder
+from tests.practice import command, edited_adapter, random_adapter, same_logits, tiny_folder
 from tests.tiny import tiny_model
 
 peft = pytest.importorskip("peft")
@@ -144,15 +142,6 @@ def test_ranks_that_differ_stand_in_patterns(dense: Path, tmp_path: Path) -> Non
     assert json.loads((out / "adapter_config.json").read_text())["rank_pattern"]
 
 
-def made(path: Path, base: Path, seed: int, scale: float = 0.3, **options: Any) -> Path:
-    """An adapter folder with random numbers."""
-    loaded, spec = load(base), AdapterSpec(**options)
-    inject(loaded.model, spec)
-    lora_like(loaded.model, seed, scale)
-    save_adapter(path, loaded, spec)
-    return path
-
-
 def moved(base: Path, adapter: Path | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer -> what an adapter asks of offsets and scales; zeros where it does not learn them."""
     loaded = load(base)
@@ -184,7 +173,7 @@ def test_qa_lora_combines_and_folds_exactly(
 ) -> None:
     """The fold decodes to base plus the weighted sum of updates: exactly when offsets need no rounding."""
     base = tiny_file("llama", types)
-    adapters = [made(tmp_path / str(i), base, i, 0.05, **options) for i, options in enumerate(GROUPED[case])]
+    adapters = [random_adapter(tmp_path / str(i), base, i, 0.05, **options) for i, options in enumerate(GROUPED[case])]
     out = tmp_path / "out"
     assert command("adapters", "combine", *adapters, "-o", out, "--weights", 0.75, -0.5) == 0
     updates = [moved(base, adapter) for adapter in adapters]
@@ -211,7 +200,7 @@ def test_qa_lora_combines_and_folds_exactly(
 @pytest.mark.parametrize("r", [4, "full"])
 def test_every_combination_of_qa_lora_folds(kind: str, r: Any, tiny_file: Tiny, tmp_path: Path) -> None:
     base = tiny_file("llama", "Q4_1")
-    adapters = [made(tmp_path / str(i), base, i, 0.3, r=r) for i in range(2)]
+    adapters = [random_adapter(tmp_path / str(i), base, i, 0.3, r=r) for i in range(2)]
     options = [] if kind == "linear" else ["--density", 0.5]
     out = tmp_path / "out"
     command("adapters", "combine", *adapters, "-o", out, "--weights", 1, 1, "--combination", kind, *options)
@@ -227,8 +216,10 @@ def test_every_combination_of_qa_lora_folds(kind: str, r: Any, tiny_file: Tiny, 
 def test_lora_meets_qa_lora(r: Any, tiny_file: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Expanded, which is said: the sum of what each adds to the weights."""
     base = tiny_file("llama", "Q4_1")
-    lora, grouped = made(tmp_path / "lora", base, 0, method="lora", r=3), made(tmp_path / "group", base, 1, 0.05, r=r)
-    lora = edited(lora, tmp_path / "elsewhere", {"base_model_name_or_path": "meta/other"})  # the packed base counts
+    lora = random_adapter(tmp_path / "lora", base, 0, method="lora", r=3)
+    grouped = random_adapter(tmp_path / "group", base, 1, 0.05, r=r)
+    other = {"base_model_name_or_path": "meta/other"}  # the packed base counts
+    lora = edited_adapter(lora, tmp_path / "elsewhere", other)
     out = tmp_path / "out"
     assert command("adapters", "combine", lora, grouped, "-o", out, "--weights", 2, 0.5) == 0
     assert "expanded" in " ".join(capsys.readouterr().err.split())
@@ -245,7 +236,7 @@ def test_reduced_adapters(
 ) -> None:
     """Of the rank asked for; the energy left is what the commands say, and the share asked for at least."""
     base = tiny_file("llama", "Q4_1")
-    adapter = made(tmp_path / "adapter", base, 0, **spec)
+    adapter = random_adapter(tmp_path / "adapter", base, 0, **spec)
     out, sparing = tmp_path / "out", tmp_path / "sparing"
     assert command("adapters", "reduce", adapter, "-o", out, "--r", 1) == 0
     said = float(re.search(r"rank 1; (\S+)% of the energy", capsys.readouterr().out).group(1))  # type: ignore[union-attr]
@@ -269,7 +260,7 @@ def test_reduced_adapters(
 def test_svd_of_all_offsets_becomes_a_rank(tiny_file: Tiny, tmp_path: Path) -> None:
     """With every rank it is the sum itself."""
     base = tiny_file("llama", "Q4_1")
-    adapters = [made(tmp_path / str(i), base, i, 0.05, r="full") for i in range(2)]
+    adapters = [random_adapter(tmp_path / str(i), base, i, 0.05, r="full") for i in range(2)]
     out = tmp_path / "out"
     command("adapters", "combine", *adapters, "-o", out, "--weights", 1, 2, "--combination", "svd")
     first, second, result = (moved(base, folder) for folder in (*adapters, out))
@@ -336,7 +327,7 @@ def test_show_lists_every_layer_and_draws(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     base = tiny_file("llama", "Q4_1")
-    adapter = made(tmp_path / "adapter", base, 0, method="lora", r=5)
+    adapter = random_adapter(tmp_path / "adapter", base, 0, method="lora", r=5)
     assert command("adapters", "show", adapter, "-o", tmp_path / "plot.svg") == 0
     table = capsys.readouterr().out
     columns = r" +│ (\S+)" * 5
@@ -354,7 +345,7 @@ def test_show_lists_every_layer_and_draws(
         assert row is not None
         assert float(row[4]) == pytest.approx(mean, rel=1e-3)
     assert "effective rank" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
-    assert command("adapters", "show", made(tmp_path / "full", base, 0, r="full", adapt="both")) == 0
+    assert command("adapters", "show", random_adapter(tmp_path / "full", base, 0, r="full", adapt="both")) == 0
     assert "scales of model.layers.0" in capsys.readouterr().out
 
 
@@ -364,7 +355,7 @@ def test_a_combination_of_runs_is_folded_and_verified(
     """Run folders stand for their adapters, and an adapter folder is folded like a run."""
     base, first = trained("llama", "Q4_1")
     out, tuned = tmp_path / "both", tmp_path / "tuned.gguf"
-    second = made(tmp_path / "second", base, 1, 0.1, r=2)
+    second = random_adapter(tmp_path / "second", base, 1, 0.1, r=2)
     assert command("adapters", "combine", first, second, "-o", out, "--weights", 0.5, 0.25) == 0
     assert "QA-LoRA, 21 layers, rank 10" in capsys.readouterr().out
     assert command("fold", out, "-o", tuned) == 0
@@ -386,95 +377,11 @@ def test_a_combination_of_runs_is_folded_and_verified(
 
 def test_adapter_folders_are_exported(tiny_file: Tiny, tmp_path: Path, refused: Refused) -> None:
     base = tiny_file("llama", "Q4_1")
-    grouped, lora = made(tmp_path / "group", base, 0), made(tmp_path / "lora", base, 0, method="lora")
+    grouped, lora = (
+        random_adapter(tmp_path / "group", base, 0),
+        random_adapter(tmp_path / "lora", base, 0, method="lora"),
+    )
     assert command("export", grouped, "--to", "peft", "-o", tmp_path / "peft") == 0
     assert command("adapters", "combine", tmp_path / "peft", lora, "-o", tmp_path / "sum", "--weights", 1, 1) == 0
     assert command("export", tmp_path / "sum", "--to", "gguf-adapter", "-o", tmp_path / "sum.gguf") == 0
     assert "PEFT's format already" in refused("export", tmp_path / "sum", "--to", "peft", "-o", tmp_path / "x")
-
-
-def edited(adapter: Path, to: Path, config: dict[str, Any] | None = None, drop: str = "", **tensors: Tensor) -> Path:
-    """A copy of an adapter folder with other options, and without or with other tensors."""
-    stored = {k: v for k, v in load_file(adapter / WEIGHTS).items() if not drop or drop not in k}
-    options = json.loads((adapter / "adapter_config.json").read_text())
-    to.mkdir()
-    save_file(stored | tensors, to / WEIGHTS, {"format": "pt", "pooling_divisor": "sqrt(group_size)"})
-    (to / "adapter_config.json").write_text(json.dumps(options | (config or {})))
-    return to
-
-
-def test_adapters_that_do_not_go_together(tiny_file: Tiny, tmp_path: Path, refused: Refused) -> None:
-    """Everything at once: bases, layers, shapes; with the way out."""
-    base, other = tiny_file("llama", "Q4_1"), tiny_file("qwen3", "Q4_1")
-    first = made(tmp_path / "first", base, 0, method="lora", r=4)
-    second = made(tmp_path / "second", other, 0, method="lora", r=2, target_modules=("q_proj", "o_proj"))
-    out = ["-o", tmp_path / "out", "--weights", 1, 1]
-    message = refused("adapters", "combine", first, second, *out, "--combination", "linear")
-    assert "different base weights" in message
-    assert "lacks 15 layers of the others (model.layers.0.mlp.down_proj, " in message
-    assert "--union" in message
-    assert "model.layers.0.self_attn.o_proj differs in shape: (64, 64) in" in message
-    assert "(64, 128) in" in message
-    assert "ranks differ in 6 layers" in message
-    assert "use cat or svd" in message
-    grouped = [
-        made(tmp_path / "offset", base, 0),
-        made(tmp_path / "scale", base, 0, adapt="scale"),
-        edited(tmp_path / "offset", tmp_path / "in-place", {"k_quants": "in-place"}),
-    ]
-    message = refused("adapters", "combine", *grouped, *out[:2], "--weights", 1, 1, 1)
-    assert "adapt differs: offset in" in message
-    assert "k_quants differs: in-place in" in message or "k_quants differs: promote in" in message
-    message = refused("adapters", "combine", first, grouped[1], *out)
-    assert "learns scales, so it is no LoRA" in message
-    assert "2 adapters and 1 weights" in refused("adapters", "combine", first, second, *out[:2], "--weights", 1)
-
-
-def test_damaged_adapters_are_named(tiny_file: Tiny, tmp_path: Path, refused: Refused) -> None:
-    base = tiny_file("llama", "Q4_1")
-    good = made(tmp_path / "good", base, 0, method="lora", r=4)
-    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-    bad = edited(
-        good,
-        tmp_path / "bad",
-        {"rank_pattern": {"layers.1.mlp.up_proj": 3}},
-        drop="layers.2.mlp.up_proj.lora_B",
-        **{f"{key}A.weight": torch.full((4, 64), torch.nan), f"{key}magnitude": torch.ones(3)},
-    )
-    message = refused("adapters", "combine", good, bad, tmp_path / "none", "-o", tmp_path / "out", "--weights", 1, 1, 1)
-    assert f"unexpected tensor {key}magnitude" in message
-    assert "q_proj.lora_A.weight is no matrix of finite numbers" in message
-    assert "model.layers.2.mlp.up_proj has no lora_B" in message
-    assert "model.layers.1.mlp.up_proj has factors [4, 64] and [96, 4], and its rank is to be 3" in message
-    assert f"{tmp_path / 'none'} is not an adapter folder" in message
-    (bad / WEIGHTS).write_bytes(b"no tensors")
-    assert "cannot be read" in refused("adapters", "show", bad)
-
-
-def test_the_base_is_asked_for_where_it_is_needed(tiny_file: Tiny, tmp_path: Path, refused: Refused) -> None:
-    """Offsets learned directly say nothing of the group size; the base the folder names may be elsewhere."""
-    base = tiny_file("llama", "Q4_1")
-    made(tmp_path / "full", base, 0, r="full")
-    adapter = edited(tmp_path / "full", tmp_path / "moved", {"base_model_name_or_path": str(tmp_path / "gone.gguf")})
-    out = tmp_path / "out"
-    message = refused("adapters", "reduce", adapter, "-o", out, "--r", 1)
-    assert "--base" in message
-    assert "gone.gguf" in message
-    message = refused(
-        "adapters", "reduce", tmp_path / "full", "-o", out, "--r", 1, "--base", tiny_file("qwen3", "Q4_1")
-    )
-    assert "trained on other base weights" in message
-    assert command("adapters", "reduce", adapter, "-o", out, "--r", 1, "--base", base) == 0
-    assert command("adapters", "reduce", adapter, "-o", out, "--r", 1, "--base", base, "--overwrite") == 0
-
-
-def test_other_refusals(dense: Path, tiny_file: Tiny, tmp_path: Path, refused: Refused) -> None:
-    out = ["-o", tmp_path / "out"]
-    assert "no linear layer differs" in refused(
-        "adapters", "extract", "--base", dense, "--tuned", dense, *out, "--r", 1
-    )
-    message = refused("adapters", "extract", "--base", dense, "--tuned", tiny_file("qwen3", "Q4_1"), *out, "--r", 1)
-    assert "q_proj is (64, 64) in" in message
-    adapter = made(tmp_path / "adapter", tiny_file("llama", "Q4_1"), 0)
-    assert ".svg, .png, .pdf, not .txt" in refused("adapters", "show", adapter, "-o", tmp_path / "plot.txt")
-    assert "exists already" in refused("adapters", "reduce", adapter, "-o", adapter, "--r", 1)
