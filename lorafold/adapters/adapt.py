@@ -9,28 +9,36 @@ lorafold.unload(model, merge=True)  # the plain module again, with the adapter i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lorafold.adapters.adapted import (
     AdaptedLayer,
     AdaptedParameter,
+    Carrier,
+    carrier_uses,
     carriers,
     delete_adapter,
-    plain_modules,
     plain_parameter,
     set_active,
+    uses,
 )
 from lorafold.adapters.fold import merged_weight
 from lorafold.adapters.inject import inject
+from lorafold.adapters.tied import source_of, tied_pair
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 
 Row = tuple[str, str, tuple[int, ...], int]
+Use = tuple[nn.Module, str]  # a module and the name of its parameter
 
 
 @dataclass(frozen=True)
@@ -113,26 +121,28 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 def merged(model: nn.Module) -> Iterator[None]:
     """Inside, the active adapters are in the weights, so that the forward pass costs what it cost before.
 
-    The weights are restored from copies, bit for bit. For inference; nothing is trained inside.
+    The weights are restored, bit for bit. For inference; nothing is trained inside.
 
     Raises:
         AdapterError: a layer is packed, where only `lorafold fold` can put an update.
     """
-    copies: list[tuple[Tensor, Tensor]] = []
     before = [(carrier, carrier.active) for _, carrier in carriers(model)]
+    undo: list[Callable[[], object]] = []
     _refuse_packed(model)
-    _refuse_shared(model)
     try:
         with torch.no_grad():
-            for weight, new in _merges(model):
-                copies.append((weight, weight.clone()))
-                weight.copy_(new)
+            for weight, new, alone in _merges(model):
+                if alone:
+                    undo += [partial(_put, module, name, weight) for module, name in alone]
+                else:
+                    undo.append(partial(weight.copy_, weight.clone()))
+                _merge(weight, new, alone)
         set_active(model, None)
         yield
     finally:
         with torch.no_grad():
-            for weight, copy in reversed(copies):
-                weight.copy_(copy)
+            for step in undo:
+                step()
         for carrier, active in before:
             carrier.active = active
 
@@ -146,47 +156,63 @@ def _refuse_packed(model: nn.Module) -> None:
         )
 
 
-def _refuse_shared(model: nn.Module) -> None:
-    """Refuse weights that another module computes with as well: it would get the update too."""
-    uses: dict[int, list[str]] = {}
-    for path, module in plain_modules(model).items():
-        for name, value in module.named_parameters(recurse=False):
-            uses.setdefault(value.data_ptr(), []).append(f"{path}.{name}")
-    for path, carrier in carriers(model):
-        if carrier.active and isinstance(carrier, AdaptedLayer):
-            others = uses.get(carrier.base.weight.data_ptr(), [])  # type: ignore[union-attr, operator]
-            if len(others) > 1:
-                raise AdapterError(
-                    f"{path} shares its weight ({', '.join(others)}), so an update of one alone cannot be merged"
-                )
+def _merges(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor, list[Use]]]:
+    """(weight, the weight with its active adapters, its uses that are meant) of whatever has some.
 
-
-def _merges(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """(weight, the weight with its active adapters) of whatever has some."""
+    There are no uses where all are meant: then the weight may change where it lies.
+    """
+    counts = Counter(value.data_ptr() for _, _, value in uses(model))
+    found: dict[tuple[int, ...], tuple[nn.Parameter, Carrier, list[Use]]] = {}
     for path, carrier in carriers(model):
         if not carrier.active:
             continue
         if isinstance(carrier, AdaptedParameter):
-            weight = plain_parameter(model, path)
-            assert weight is not None
-            yield weight, carrier(weight)
+            weight, own = plain_parameter(model, path), carrier_uses(model, carrier)
         else:
-            weight = carrier.base.weight
-            yield weight, merged_weight(carrier).to(weight.dtype)  # type: ignore[union-attr, arg-type]
+            weight, own = carrier.base.weight, [(carrier.base, "weight")]
+        assert isinstance(weight, nn.Parameter)
+        update = (id(source_of(carrier.adapters[name])) for name in carrier.active)
+        found.setdefault((weight.data_ptr(), *update), (weight, carrier, []))[2].extend(own)
+    for weight, carrier, own in found.values():
+        new = carrier(weight) if isinstance(carrier, AdaptedParameter) else merged_weight(carrier)
+        yield weight, new.to(weight.dtype), [] if len(own) == counts[weight.data_ptr()] else own
+
+
+def _merge(weight: nn.Parameter, new: Tensor, alone: list[Use]) -> None:
+    """Put merged numbers in the weight, or give some of its uses a weight of their own."""
+    if not alone:
+        weight.copy_(new)
+        return
+    own = nn.Parameter(new, requires_grad=weight.requires_grad)
+    for module, name in alone:
+        _put(module, name, own)
+
+
+def _put(module: nn.Module, name: str, weight: nn.Parameter) -> None:
+    if parametrize.is_parametrized(module, name):
+        module.parametrizations[name].original = weight  # type: ignore[index, union-attr]
+    else:
+        setattr(module, name, weight)
 
 
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     """Take all adapters off, with `merge` after putting the active ones into the weights.
 
+    Where a weight has several uses and an adapter is on some of them, these get a weight of their own. Of embedding and
+    head the model's config says so afterwards, and the caller is warned.
+
     Raises:
         AdapterError: as `merged`; nothing is changed then.
     """
     if merge:
+        pair = tied_pair(model)
         _refuse_packed(model)
-        _refuse_shared(model)
         with torch.no_grad():
-            for weight, new in _merges(model):
-                weight.copy_(new)
+            for merged_one in _merges(model):
+                _merge(*merged_one)
+        if pair is not None and tied_pair(model) is None:
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+            warnings.warn(f"{pair[0]} and {pair[1]} have weights of their own now", stacklevel=2)
     for name in {name for _, carrier in carriers(model) for name in carrier.adapters}:
         delete_adapter(model, name)
     return model

@@ -185,15 +185,20 @@ def adapt_parameter(model: nn.Module, path: str, tied: bool = False) -> AdaptedP
 
     Args:
         tied: also where the model uses the same parameter under another name.
+
+    Raises:
+        AdapterError: the parameter has adapters already, on other uses than these.
     """
     owner, name = _owner(model, path)
-    others = []
-    if tied and not parametrize.is_parametrized(owner, name):
-        same = [n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(owner, name)]
-        others = [_owner(model, other) for other in same if _owner(model, other) != (owner, name)]
+    parameter = plain_parameter(model, path)
+    assert parameter is not None
+    same = [(module, its_name) for module, its_name, value in uses(model) if value is parameter]
     if parametrize.is_parametrized(owner, name):
-        return next(m for m in owner.parametrizations[name] if isinstance(m, AdaptedParameter))  # type: ignore[index]
-    parameter = getattr(owner, name)
+        carrier = next(m for m in owner.parametrizations[name] if isinstance(m, AdaptedParameter))  # type: ignore[index]
+        if tied != (len(carrier_uses(model, carrier)) > 1) and len(same) > 1:
+            raise AdapterError(f"{path} has an adapter on {'one of its uses' if tied else 'all of its uses'} already")
+        return carrier
+    others = [use for use in same if tied and use != (owner, name)]
     carrier = AdaptedParameter(parameter.device)
     carrier.train(owner.training)
     owner._defined_order = parameter_names(owner)  # type: ignore[assignment]
@@ -209,8 +214,19 @@ def adapt_parameter(model: nn.Module, path: str, tied: bool = False) -> AdaptedP
     return carrier
 
 
-def _places(model: nn.Module, carrier: AdaptedParameter) -> list[tuple[nn.Module, str]]:
-    """Every module that has the carrier's parameter, and its name there."""
+def uses(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Every module with each of its parameters, by its name there and as it is without adapters."""
+    found = {}
+    for module in plain_modules(model).values():
+        own = dict(module._parameters)
+        if parametrize.is_parametrized(module):
+            own |= {name: made.original for name, made in module.parametrizations.items()}  # type: ignore[union-attr, operator]
+        found |= {(module, name): value for name, value in own.items() if value is not None}
+    return [(*use, value) for use, value in found.items()]
+
+
+def carrier_uses(model: nn.Module, carrier: AdaptedParameter) -> list[tuple[nn.Module, str]]:
+    """Every module whose parameter has the carrier, and the parameter's name there."""
     return [
         (module, name)
         for module in model.modules()
@@ -259,7 +275,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         else:
             for handle in carrier.handles:
                 handle.remove()
-            for owner, parameter in _places(model, carrier):
+            for owner, parameter in carrier_uses(model, carrier):
                 parametrize.remove_parametrizations(owner, parameter, leave_parametrized=False)
                 if not parametrize.is_parametrized(owner):
                     vars(owner).pop("_defined_order", None)

@@ -16,6 +16,7 @@ from lorafold.adapters.adapted import AdaptedLayer, adapted_layers, carriers
 from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.lora import LoRA
 from lorafold.adapters.parameters import AdaptedParameter
+from lorafold.adapters.tied import follows
 from lorafold.errors import FoldError, bullet_list
 from lorafold.quant.codecs import CODECS, GGUF_CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
@@ -69,6 +70,8 @@ def fold(model: nn.Module, name: str = "default", least_kept: float | None = LEA
         if name not in layer.adapters:
             continue
         adapter = layer.adapters[name]
+        if follows(adapter):
+            continue
         if not isinstance(adapter, GroupAdapter):
             raise FoldError(
                 "a LoRA update varies inside a quantization group, so it has no exact place in the file: export it "
@@ -98,7 +101,7 @@ def _storable(result: LayerFold) -> bool:
 
 @torch.no_grad()
 def _fold_layer(path: str, layer: AdaptedLayer, adapter: GroupAdapter) -> LayerFold:
-    assert isinstance(layer.base, QuantLinear)
+    assert isinstance(layer.base, QuantLinear | QuantEmbedding)
     packed = layer.base.packed
     codec, blocks = packed.format, packed.blocks
     step = codec.scale(blocks)
@@ -168,9 +171,9 @@ def requantize(model: nn.Module, codec: str | None, name: str = "default") -> li
     """
     folds, faults = [], []
     for path, layer in adapted_layers(model):
-        if name not in layer.adapters:
+        if name not in layer.adapters or follows(layer.adapters[name]):
             continue
-        packed = layer.base.packed if isinstance(layer.base, QuantLinear) else None
+        packed = layer.base.packed if isinstance(layer.base, QuantLinear | QuantEmbedding) else None
         target = codec or (packed.codec if packed else None)
         if target is None:
             raise FoldError(f"{path} is not quantized; name a format to quantize it to: {', '.join(ENCODABLE)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -10,7 +11,7 @@ from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, bullet_list
 from lorafold.quant.codecs import CODECS, GGUF_CODECS
 from lorafold.quant.ggml import Codec
-from lorafold.quant.linear import QuantLinear
+from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import promote, steps_apart
 
 
@@ -32,7 +33,7 @@ class Promotions:
 
 
 def prepare_group_bases(
-    layers: dict[str, nn.Linear | QuantLinear], targets: list[str], spec: AdapterSpec
+    layers: Mapping[str, nn.Module], targets: list[str], spec: AdapterSpec
 ) -> Promotions:
     """Make every target's format one that stores what is learned, or refuse them all at once.
 
@@ -43,7 +44,7 @@ def prepare_group_bases(
     _refuse_unsuitable(layers, targets, spec)
     for path in targets:
         layer = layers[path]
-        assert isinstance(layer, QuantLinear)
+        assert isinstance(layer, QuantLinear | QuantEmbedding)
         old = layer.packed
         if _codec_to_train(old.format, spec) is old.format:
             continue
@@ -69,16 +70,16 @@ def _codec_to_train(codec: Codec, spec: AdapterSpec) -> Codec:
     return CODECS[codec.promotes_to] if codec.promotes_to and wanted else codec
 
 
-def unsuitable(layer: nn.Linear | QuantLinear, spec: AdapterSpec) -> str | None:
+def unsuitable(layer: nn.Module, spec: AdapterSpec) -> str | None:
     """The layer's type if that does not store what is learned, before and after promotion."""
-    if not isinstance(layer, QuantLinear):
+    if not isinstance(layer, QuantLinear | QuantEmbedding):
         return str(layer.weight.dtype).removeprefix("torch.")
     codec = _codec_to_train(layer.packed.format, spec)
     suits = (codec.affine or spec.adapt == "scale") and (codec.scalable or spec.adapt == "offset")
     return None if suits else layer.packed.codec
 
 
-def _refuse_unsuitable(layers: dict[str, nn.Linear | QuantLinear], targets: list[str], spec: AdapterSpec) -> None:
+def _refuse_unsuitable(layers: Mapping[str, nn.Module], targets: list[str], spec: AdapterSpec) -> None:
     bad: dict[str, list[str]] = {}
     for path in targets:
         if kind := unsuitable(layers[path], spec):

@@ -26,12 +26,13 @@ from lorafold.adapters.lora import LoRA, VeRA
 from lorafold.adapters.parameters import ParameterDelta, ParameterLoRA, ParameterValue
 from lorafold.adapters.sites import ConvSite, EmbeddingSite, LinearSite, site_of
 from lorafold.adapters.start import begin
-from lorafold.adapters.targets import ALL_LINEAR, adaptable, find_parameters, find_targets, linear_layers
+from lorafold.adapters.targets import ALL_LINEAR, adaptable, find_parameters, find_targets, is_linear
+from lorafold.adapters.tied import follow, pair_to_share, tied_pair
 from lorafold.adapters.whole import whole_parameters
 from lorafold.config import METHODS, AdapterSpec
 from lorafold.errors import AdapterError, bullet_list
 from lorafold.quant.codecs import CODECS
-from lorafold.quant.linear import QuantLinear
+from lorafold.quant.linear import QuantEmbedding, QuantLinear
 
 VERA_SEED = 0  # PEFT's projection_prng_key
 _MULTIHEAD = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
@@ -45,12 +46,14 @@ class Injection:
         modules: names of the adapted layers and parameters.
         promoted: packed layers whose format was changed first.
         frozen: names of layers that all-linear means and that the method cannot adapt -> their type.
+        apart: names of embedding and head, where these have one weight and the adapter takes them apart.
         trainable: number of trained parameters.
     """
 
     modules: list[str]
     promoted: Promotions = field(default_factory=Promotions)
     frozen: dict[str, str] = field(default_factory=dict)
+    apart: tuple[str, str] | None = None
     trainable: int = 0
 
     def describe(self) -> str:
@@ -64,6 +67,11 @@ class Injection:
         for kind, count in Counter(self.frozen.values()).items():
             learned = self.promoted.learned
             lines.append(f"{count} matrices of type {kind} stay as they are: it stores no {learned} to learn")
+        if self.apart:
+            lines.append(
+                f"{self.apart[0]} and {self.apart[1]} have one weight and are adapted apart, so folding writes a head of "
+                "its own (--ensure-weight-tying updates both alike)"
+            )
         return "; ".join(lines)
 
 
@@ -82,11 +90,13 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     targets = find_targets(model, spec) if adapted and spec.target_modules else []
     whole = whole_parameters(model, spec, targets)
     targets = _not_whole(targets, whole, spec)
+    pair = _shared_pair(model, targets, whole) if spec.ensure_weight_tying else None
+    ends = tied_pair(model)
     result = Injection(targets)
     if spec.method == "qa-lora":
-        linear = linear_layers(model)
         if ALL_LINEAR in spec.target_modules:
-            result.frozen = {path: kind for path in targets if (kind := unsuitable(linear[path], spec))}
+            inner = [path for path in targets if is_linear(path, layers[path])]
+            result.frozen = {path: kind for path in inner if (kind := unsuitable(layers[path], spec))}
             if len(result.frozen) < len(targets):
                 targets = result.modules = [path for path in targets if path not in result.frozen]
     parameters = find_parameters(model, spec)
@@ -95,11 +105,11 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
         parameters += [f"{path}.{part}" for part in _MULTIHEAD if _parameter(layers[path], part) is not None]
     plain = [path for path in targets if path not in attention]
     _refuse_misfits({path: layers[path] for path in plain}, parameters, spec)
-    check_name(model, name, (*targets, *parameters, *whole))
+    check_name(model, name, (*targets, *parameters, *whole, *(pair or ())))
     if spec.init_lora_weights == "eva":
         raise AdapterError("init_lora_weights eva begins with what layers see of rows, which lorafold train gives them")
     if spec.method == "qa-lora":  # last of what may refuse, since it changes the base
-        result.promoted = prepare_group_bases(linear_layers(model), targets, spec)
+        result.promoted = prepare_group_bases(layers, targets, spec)
     made: dict[str, nn.Module] = {}
     shared = _vera_matrices([layers[path] for path in plain], spec)
     for path in plain:
@@ -108,13 +118,30 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
         made[path] = make_parameter_adapter(model, path, spec.for_layer(path))
     for path in whole:
         made[path] = make_whole(model, path, spec)
+    if pair is not None and pair[0] in made:
+        made[pair[1]] = follow(model, pair, made[pair[0]], spec)
     for path, adapter in made.items():
-        put = attach if path in plain else attach_parameter
-        put(model, path, adapter, name)  # type: ignore[arg-type]
+        if isinstance(adapter, LoRA | GroupAdapter):
+            attach(model, path, adapter, name)
+        else:
+            shared = isinstance(adapter, ParameterValue) or (pair is not None and path == f"{pair[0]}.weight")
+            attach_parameter(model, path, adapter, name, shared)
     set_active(model, name)
-    result.modules = [*plain, *parameters, *whole]
+    result.modules = list(made)
+    if ends and pair is None and adapted and any(end in made or f"{end}.weight" in made for end in ends):
+        result.apart = ends
     result.trainable = sum(p.numel() for adapter in made.values() for p in adapter.parameters())
     return result
+
+
+def _shared_pair(model: nn.Module, targets: list[str], whole: list[str]) -> tuple[str, str]:
+    pair = pair_to_share(model)
+    if pair[0] not in targets and f"{pair[0]}.weight" not in whole:
+        raise AdapterError(
+            f"ensure_weight_tying shares an update of {pair[0]} and {pair[1]}, and neither is named; add {pair[0]} to "
+            "target_modules or modules_to_save"
+        )
+    return pair
 
 
 def _not_whole(targets: list[str], whole: list[str], spec: AdapterSpec) -> list[str]:
@@ -133,6 +160,8 @@ def _parameter(module: nn.Module, dotted: str) -> Tensor | None:
 def _refuse_misfits(layers: dict[str, nn.Module], parameters: list[str], spec: AdapterSpec) -> None:
     """What an option cannot do on the layers that were found, all at once."""
     faults = []
+    if spec.ensure_weight_tying and spec.use_dora and any(isinstance(site_of(m), EmbeddingSite) for m in layers.values()):
+        faults.append("use_dora learns a length for each column of an embedding, and the head's outputs are its rows")
     odd_start = spec.init_lora_weights not in ("kaiming", "gaussian")
     for path, base in layers.items():
         site, rank = (site_of(base), spec.for_layer(path).r) if spec.method != "qa-lora" else (LinearSite(base), 1)
@@ -188,14 +217,21 @@ def attach(model: nn.Module, path: str, adapter: Adapter, name: str = "default")
 
 
 def attach_parameter(
-    model: nn.Module, path: str, adapter: ParameterLoRA | ParameterDelta | ParameterValue, name: str = "default"
+    model: nn.Module,
+    path: str,
+    adapter: ParameterLoRA | ParameterDelta | ParameterValue,
+    name: str = "default",
+    tied: bool = False,
 ) -> None:
     """Put one adapter on a parameter and make it the active one there.
 
+    Args:
+        tied: also where the model uses the same parameter under another name.
+
     Raises:
-        AdapterError: the parameter already carries an adapter of this name.
+        AdapterError: the parameter already carries an adapter of this name, or others on other uses than these.
     """
-    carrier = adapt_parameter(model, path, tied=isinstance(adapter, ParameterValue))
+    carrier = adapt_parameter(model, path, tied)
     _refuse_second(carrier, name)
     carrier.adapters[name] = adapter.to(carrier.device).train(carrier.training)
     carrier.active = (name,)
@@ -235,9 +271,9 @@ def make_adapter(
         fresh: begin as `init_lora_weights` says; otherwise A and B are left as they are, to be filled.
     """
     if spec.method == "qa-lora":
-        assert isinstance(base, QuantLinear)
-        size = base.packed.format.group_size
-        return GroupAdapter(base.in_features // size, base.out_features, size, spec.r, spec.scaling, spec.adapt)
+        assert isinstance(base, QuantLinear | QuantEmbedding)
+        size, (out, width) = base.packed.format.group_size, base.shape
+        return GroupAdapter(width // size, out, size, spec.r, spec.scaling, spec.adapt)
     assert isinstance(spec.r, int)
     site = site_of(base)
     if spec.method == "vera":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafold.adapters.adapted import parameter_names, plain_modules, plain_parameter
 from lorafold.adapters.sites import SITES
+from lorafold.adapters.tied import pair_to_share, tied_pair, with_embedding
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, bullet_list, nearest
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
@@ -26,13 +26,18 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear | QuantLinear]:
 
 
 def adaptable(model: nn.Module, method: str = "lora") -> dict[str, nn.Module]:
-    """What a method can adapt, by name: of qa-lora linear layers, otherwise every kind of `SITES` and attention."""
+    """What a method can adapt, by name: of qa-lora linear layers and packed tables, else all of `SITES`, attention."""
     if method == "qa-lora":
-        return dict(linear_layers(model))
+        return {n: m for n, m in plain_modules(model).items() if isinstance(m, nn.Linear | QuantLinear | QuantEmbedding)}
     kinds = (*SITES, nn.MultiheadAttention)
     found = {name: module for name, module in plain_modules(model).items() if isinstance(module, kinds)}
     attention = [f"{name}." for name, module in found.items() if isinstance(module, nn.MultiheadAttention)]
     return {name: m for name, m in found.items() if not name.startswith(tuple(attention))}
+
+
+def is_linear(name: str, layer: nn.Module) -> bool:
+    """Whether `all-linear` means a layer."""
+    return isinstance(layer, _LINEAR) and name.rpartition(".")[2] not in HEADS
 
 
 def find_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -46,7 +51,7 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
     """
     layers = adaptable(model, spec.method)
     names = list(layers)
-    linear = {name for name in names if isinstance(layers[name], _LINEAR) and name.rpartition(".")[2] not in HEADS}
+    linear = {name for name in names if is_linear(name, layers[name])}
     chosen: set[str] = set()
     faults = []
     for target in spec.target_modules:
@@ -62,31 +67,11 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
     for target in spec.exclude_modules:
         if not any(_matches(n, target, lone) for n in names):
             raise AdapterError(f"exclude_modules: {target!r} matches no layer{nearest(target, _endings(names))}")
-    _refuse_tied(model, layers, chosen)
     kept = [n for n in names if n in chosen and not any(_matches(n, e, lone) for e in spec.exclude_modules)]
     if chosen and not kept:
         raise AdapterError("exclude_modules leaves no layer to adapt; exclude less")
-    return _in_blocks(kept, spec.layers_to_transform)
-
-
-def _refuse_tied(model: nn.Module, layers: dict[str, nn.Module], chosen: Iterable[str]) -> None:
-    head = getattr(model, "get_output_embeddings", lambda: None)()  # a classifier has none, whatever it inherits
-    if head is None or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return
-    tied = [n for n in chosen if n in HEADS]
-    if tied:
-        raise AdapterError(
-            f"{tied[0]} has the embedding's weights in this model, so an update of it alone could not be written back; "
-            "leave it out of target_modules"
-        )
-    tables = [n for n in chosen if isinstance(layers[n], nn.Embedding | QuantEmbedding)]
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    tied = [n for n in tables if layers[n] is embedding]
-    if tied:
-        raise AdapterError(
-            f"{tied[0]} gives its weights to the head in this model, so an update of it alone could not be written "
-            "back; leave it out of target_modules"
-        )
+    kept = _in_blocks(kept, spec.layers_to_transform)
+    return with_embedding(kept, pair_to_share(model)) if spec.ensure_weight_tying else kept
 
 
 def _in_blocks(names: list[str], numbers: tuple[int, ...]) -> list[str]:
@@ -136,15 +121,19 @@ def find_parameters(model: nn.Module, spec: AdapterSpec) -> list[str]:
         found |= set(hits)
     if faults:
         raise AdapterError("target_parameters:\n" + bullet_list(faults))
-    chosen = [name for name in plain if name in found]
-    refuse_tied_parameters(model, chosen)
-    return chosen
+    pair = tied_pair(model)
+    if pair is not None and f"{pair[0]}.weight" in found:
+        raise AdapterError(
+            f"{pair[0]}.weight serves as embedding and as head in this model; name a layer in target_modules instead: "
+            f"{pair[0]}, {pair[1]}, or either with ensure_weight_tying for both"
+        )
+    return [name for name in plain if name in found]
 
 
-def own_parameters(model: nn.Module) -> dict[str, Tensor]:
+def own_parameters(model: nn.Module, every: bool = False) -> dict[str, Tensor]:
     """All parameters without their adapters, by the names they had before anything was adapted.
 
-    One with several names stands under the first.
+    One with several names stands under the first, or under `every` one.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -152,25 +141,7 @@ def own_parameters(model: nn.Module) -> dict[str, Tensor]:
         for own in parameter_names(module):
             name = f"{path}.{own}".removeprefix(".")
             parameter = plain_parameter(model, name)
-            if parameter is not None and id(parameter) not in seen:
+            if parameter is not None and (every or id(parameter) not in seen):
                 seen.add(id(parameter))
                 found[name] = parameter
     return found
-
-
-def refuse_tied_parameters(model: nn.Module, names: list[str]) -> None:
-    """Refuse the weights that the embedding of a model gives to its head, or gets from there.
-
-    Raises:
-        AdapterError: one of the parameters is such.
-    """
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    shared = getattr(getattr(embedding, "base", embedding), "weight", None)
-    wrong = [n for n in names if shared is not None and plain_parameter(model, n) is shared]
-    if wrong:
-        raise AdapterError(
-            f"{wrong[0]} serves as embedding and as head in this model, so an update could not be written back; leave "
-            "it out"
-        )

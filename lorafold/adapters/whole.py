@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lorafold.adapters.adapted import parameter_names, plain_modules
-from lorafold.adapters.targets import own_parameters, refuse_tied_parameters
+from lorafold.adapters.targets import own_parameters
+from lorafold.adapters.tied import pair_to_share, with_embedding
 from lorafold.config import METHODS, AdapterSpec
 from lorafold.errors import AdapterError, bullet_list, nearest
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
@@ -20,8 +21,8 @@ def whole_parameters(model: nn.Module, spec: AdapterSpec, targets: list[str]) ->
         targets: names of the adapted layers, whose biases `lora_only` means.
 
     Raises:
-        AdapterError: a name matches nothing, a matrix is packed, the model has no such part, or its head has the
-            weights of the embedding.
+        AdapterError: a name matches nothing, a matrix is packed, the model has no such part, or `head` means one that
+            has the weights of the embedding.
     """
     of_method = {
         "full": lambda: [""],
@@ -43,14 +44,14 @@ def whole_parameters(model: nn.Module, spec: AdapterSpec, targets: list[str]) ->
             f"{chosen[0]} has the embedding's weights in this model, so it cannot be trained alone; use --method "
             "last-layers, which leaves it out, or full"
         )
-    found = [name for name in own_parameters(model) if any(_within(name, owner) for owner in chosen)]
+    every = own_parameters(model, not METHODS[spec.method].whole)
+    found = [name for name in every if any(_within(name, owner) for owner in chosen)]
     if spec.bias != "none":
         for path, module in modules.items():
             if isinstance(getattr(module, "bias", None), Tensor) and (spec.bias == "all" or path in targets):
                 found.append(f"{path}.bias".removeprefix("."))
-    if not METHODS[spec.method].whole:
-        refuse_tied_parameters(model, found)
-    return list(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    return with_embedding(found, pair_to_share(model), ".weight") if spec.ensure_weight_tying else found
 
 
 def _way_out(spec: AdapterSpec) -> str:

@@ -36,7 +36,9 @@ class MethodInfo:
 _LOW_RANK = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 METHODS = {
     "qa-lora": MethodInfo(
-        "offsets of a group-quantized base", (*_LOW_RANK, "adapt", "k_quants", "modules_to_save"), 4e-3
+        "offsets of a group-quantized base",
+        (*_LOW_RANK, "adapt", "k_quants", "modules_to_save", "ensure_weight_tying"),
+        4e-3,
     ),
     "lora": MethodInfo(
         "a low-rank update of any layer's weight",
@@ -48,6 +50,7 @@ METHODS = {
             "target_parameters",
             "bias",
             "modules_to_save",
+            "ensure_weight_tying",
         ),
         1e-3,
     ),
@@ -88,6 +91,8 @@ class AdapterSpec:
         rank_pattern, alpha_pattern: regular expressions of layer names -> rank, alpha, where these differ.
         bias: which biases are trained: `none`, `all`, or `lora_only` (those of adapted layers).
         modules_to_save: names of modules that are trained whole and stored with the adapter, such as a new head.
+        ensure_weight_tying: where embedding and head have one weight and either is named: one update of both. Without
+            it the named one alone is updated, and gets a weight of its own where it is merged or folded.
         adapt: what qa-lora learns of each group: `offset`, `scale` (any type with a scale per group, also Q8_0), or
             `both` (a third more time; the update is no LoRA, so it can be folded but not exported).
         k_quants: how qa-lora adapts Q4_K and Q5_K: `promote` to Q4_1 and Q5_1 first (float16 offsets; the file grows
@@ -111,6 +116,7 @@ class AdapterSpec:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
     adapt: Literal["offset", "scale", "both"] = "offset"
     k_quants: Literal["promote", "in-place"] = "promote"
     d_initial: float = 0.1

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorafold.adapters.adapted import plain_parameter, set_active
 from lorafold.adapters.group_bases import prepare_group_bases
+from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.inject import (
     Injection,
     attach,
@@ -28,8 +29,10 @@ from lorafold.adapters.inject import (
     make_parameter_adapter,
     make_whole,
 )
-from lorafold.adapters.parameters import ParameterDelta
-from lorafold.adapters.targets import adaptable, linear_layers
+from lorafold.adapters.lora import LoRA
+from lorafold.adapters.parameters import ParameterDelta, ParameterValue
+from lorafold.adapters.targets import adaptable
+from lorafold.adapters.tied import follow, pair_to_share
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, ConfigError, bullet_list
 from lorafold.files import replacing_folder
@@ -43,9 +46,10 @@ from lorafold.models.peft_format import (
     stored_config,
     stored_tensors,
     unsupported,
+    without_copies,
 )
 from lorafold.models.tensors import save_tensors
-from lorafold.quant.linear import QuantLinear
+from lorafold.quant.linear import QuantEmbedding, QuantLinear
 
 POOLING = "sqrt(group_size)"  # adapters/group.py
 CONFIG, WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
@@ -145,7 +149,8 @@ def attach_tensors(
         AdapterError: as `load_adapter`.
     """
     faults = list(faults or [])
-    tensors = dict(tensors)
+    tensors = without_copies(model, tensors, spec)
+    pair = pair_to_share(model) if spec.ensure_weight_tying else None
     shared = tensors.pop("base_model.vera_A", None), tensors.pop("base_model.vera_B", None)
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -154,6 +159,8 @@ def attach_tensors(
             faults.append(f"unexpected tensor {key}")
         else:
             grouped.setdefault(found[0], {})[found[1]] = value
+    if pair is not None and grouped.keys() & {pair[1], f"{pair[1]}.weight"}:
+        faults.append(f"ensure_weight_tying is set, and {pair[1]} has other numbers than {pair[0]}")
     faults += [f"no tensors for the layer {path}" for path in absent_layers(model, config, grouped)]
     faults += [] if tensors else ["it holds no tensors"]
     if spec.method == "vera" and (shared[0] is None or shared[1] is None):
@@ -161,7 +168,7 @@ def attach_tensors(
     if config.get("fan_in_fan_out"):
         plain = [path for path in grouped if type(adaptable(model).get(path)).__name__ == "Linear"]
         faults += [f"fan_in_fan_out is for GPT-2's Conv1D, and {plain[0]} is none"] if plain else []
-    check_name(model, name, grouped)
+    check_name(model, name, (*grouped, *(pair or ())))
     built: dict[str, Any] = {}
     layers = adaptable(model, spec.method)
     for path, parts in grouped.items():
@@ -181,7 +188,7 @@ def attach_tensors(
         elif path not in layers:
             built[path] = make_parameter_adapter(model, path, own)
             faults += _fill(built[path], parts, path)
-        elif spec.method == "qa-lora" and not isinstance(layers[path], QuantLinear):
+        elif spec.method == "qa-lora" and not isinstance(layers[path], QuantLinear | QuantEmbedding):
             faults.append(f"{path} is not quantized, and the adapter trains quantization offsets")
         else:
             matrices = (shared[0], shared[1]) if shared[0] is not None and shared[1] is not None else None
@@ -192,10 +199,16 @@ def attach_tensors(
     result = Injection(list(built), trainable=sum(t.numel() for t in tensors.values()))
     if spec.method == "qa-lora":
         packed = [path for path in built if "" not in grouped[path]]
-        result.promoted = prepare_group_bases(linear_layers(model), packed, spec)
+        result.promoted = prepare_group_bases(layers, packed, spec)
+    if pair is not None and pair[0] in built:
+        built[pair[1]] = follow(model, pair, built[pair[0]], spec)
     for path, adapter in built.items():
-        put = attach if path in layers and "" not in grouped[path] else attach_parameter
-        put(model, path, adapter.requires_grad_(False), name)
+        adapter.requires_grad_(False)
+        if isinstance(adapter, LoRA | GroupAdapter):
+            attach(model, path, adapter, name)
+        else:
+            shared = isinstance(adapter, ParameterValue) or (pair is not None and path == f"{pair[0]}.weight")
+            attach_parameter(model, path, adapter, name, shared)
     set_active(model, name)
     return result
 

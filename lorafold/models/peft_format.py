@@ -16,11 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.adapters.adapted import AdaptedLayer, carriers, parameter_names, plain_modules, plain_parameter
+from lorafold.adapters.adapted import (
+    AdaptedLayer,
+    carrier_uses,
+    carriers,
+    parameter_names,
+    plain_modules,
+    plain_parameter,
+)
 from lorafold.adapters.lora import LoRA, VeRA
 from lorafold.adapters.parameters import AdaptedParameter, ParameterDelta, ParameterLoRA, ParameterValue
-from lorafold.adapters.sites import ConvSite
+from lorafold.adapters.sites import ConvSite, site_of
 from lorafold.adapters.targets import adaptable, linear_layers
+from lorafold.adapters.tied import TiedLoRA, follows, tied_pair
 from lorafold.config import METHODS, AdapterSpec
 
 PREFIX = "base_model.model."
@@ -112,7 +120,7 @@ def _whole_name(model: nn.Module, path: str, name: str) -> str:
 @torch.no_grad()
 def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Every tensor of an adapter by its key in the file."""
-    keys = stored_names(model, name)
+    keys, pair = stored_names(model, name), tied_pair(model)
     tensors: dict[str, Tensor] = {}
     for path, carrier in carriers(model):
         if name not in carrier.adapters:
@@ -124,12 +132,16 @@ def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
             if adapter.dora and isinstance(adapter.site, ConvSite):
                 ones = (1,) * len(adapter.site.base.kernel_size)
                 values["lora_magnitude_vector"] = adapter.lora_magnitude_vector.view(1, -1, *ones)
+        elif isinstance(adapter, TiedLoRA):
+            tensors |= {f"{PREFIX}{path}.lora_{i}.weight": part for i, part in zip("AB", adapter.learned(), strict=True)}
         elif isinstance(adapter, VeRA):
             tensors |= {"base_model.vera_A": adapter.vera_A, "base_model.vera_B": adapter.vera_B}
         elif isinstance(adapter, ParameterDelta):
             original = plain_parameter(model, path)
             assert original is not None
             values = {"change": original + adapter.change.to(original.dtype)}
+            if pair is not None and path == f"{pair[0]}.weight" and len(carrier_uses(model, carrier)) > 1:
+                tensors[f"{PREFIX}{pair[1]}.weight"] = values["change"].clone()  # PEFT asks for it
         tensors |= {keys[f"{path}.{key}"]: value for key, value in values.items()}
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
@@ -142,6 +154,7 @@ def stored_config(model: nn.Module, spec: AdapterSpec, name: str) -> dict[str, A
     if METHODS[spec.method].whole:
         own = {"layers": spec.layers, "modules_to_save": list(spec.modules_to_save)}
         return {"peft_type": kind, "task_type": task} | {k: own[k] for k in METHODS[spec.method].options}
+    held = {path: adapter for path, adapter in held.items() if not follows(adapter)}
     layers = [path for path, a in held.items() if not isinstance(a, ParameterLoRA | ParameterDelta | ParameterValue)]
     config: dict[str, Any] = {
         "peft_type": kind,
@@ -155,13 +168,14 @@ def stored_config(model: nn.Module, spec: AdapterSpec, name: str) -> dict[str, A
         "inference_mode": True,
     }
     if spec.method == "qa-lora":
-        whole = {"modules_to_save": list(spec.modules_to_save) or None}
+        whole = {"modules_to_save": list(spec.modules_to_save) or None, "ensure_weight_tying": spec.ensure_weight_tying}
         return config | {"adapt": spec.adapt, "k_quants": spec.k_quants} | whole
     if spec.method == "vera":
         wanted = {k: config[k] for k in ("peft_type", "task_type", "r", "target_modules", "bias", "inference_mode")}
         wanted |= {"vera_dropout": spec.lora_dropout, "d_initial": spec.d_initial, "save_projection": True}
         return wanted | {"modules_to_save": _whole_modules(model, spec) or None}
     config |= {"use_dora": spec.use_dora, "modules_to_save": _whole_modules(model, spec) or None}
+    config["ensure_weight_tying"] = spec.ensure_weight_tying
     parameters = [path for path, _ in _experts(model, name)]
     if parameters:
         config["target_parameters"] = parameters
@@ -231,7 +245,7 @@ def malformed(config: Mapping[str, Any]) -> list[str]:
         faults.append(f"lora_alpha is {alpha!r}, not a number")
     faults += [
         f"{key} is {config[key]!r}, neither true nor false"
-        for key in ("use_dora", "use_rslora")
+        for key in ("use_dora", "use_rslora", "ensure_weight_tying")
         if config.get(key) not in (True, False, None)
     ]
     for key in ("target_modules", "exclude_modules"):
@@ -273,6 +287,7 @@ def spec_of(config: Mapping[str, Any]) -> AdapterSpec:
     if METHODS[method].whole:
         own = {"layers": config.get("layers", 2), "modules_to_save": whole}
         return AdapterSpec(method, **{k: own[k] for k in METHODS[method].options})  # type: ignore[arg-type]
+    tied = bool(config.get("ensure_weight_tying"))
     if method == "vera":
         options = {"lora_dropout": config.get("vera_dropout", 0.0), "d_initial": config.get("d_initial", 0.1)}
         return AdapterSpec("vera", config["r"], **options, modules_to_save=whole)
@@ -288,9 +303,10 @@ def spec_of(config: Mapping[str, Any]) -> AdapterSpec:
     }
     if method == "qa-lora":
         spec |= {"adapt": config.get("adapt", "offset"), "k_quants": config.get("k_quants", "promote")}
-        return AdapterSpec(**spec, modules_to_save=whole)
+        return AdapterSpec(**spec, modules_to_save=whole, ensure_weight_tying=tied)
     return AdapterSpec(
         **spec,
+        ensure_weight_tying=tied,
         bias=config.get("bias", "none"),
         modules_to_save=whole,
         target_parameters=tuple(config.get("target_parameters") or ()),
@@ -328,6 +344,32 @@ def place(model: nn.Module, key: str, config: Mapping[str, Any]) -> tuple[str, s
     meant = config.get("target_parameters") or ()
     wanted = [n for n in parameter_names(module) if _named(meant, f"{path}.{n}")]
     return (f"{path}.{wanted[-1 - depth]}", part) if depth < len(wanted) else None
+
+
+@torch.no_grad()
+def without_copies(model: nn.Module, tensors: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
+    """The tensors of an adapter without what PEFT writes twice: weights of the base, and the head's share of the tied."""
+    kept = dict(tensors)
+    for key, value in tensors.items():
+        path = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+        parts = (f"{PREFIX}{path}.lora_embedding_A", f"{PREFIX}{path}.lora_A.weight")
+        module = plain_modules(model).get(path) if key.endswith(".base_layer.weight") and tensors.keys() & parts else None
+        if module is not None and _same(value, site_of(module).weight()):
+            del kept[key]
+    pair = tied_pair(model) if spec.ensure_weight_tying else None
+    if pair is None:
+        return kept
+    embedding, head = (PREFIX + name for name in pair)
+    twice = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A", "weight": "weight"}
+    for theirs, ours in twice.items():
+        copy, original = kept.get(f"{head}.{theirs}"), kept.get(f"{embedding}.{ours}")
+        if copy is not None and original is not None and _same(copy, original if ours == "weight" else original.T):
+            del kept[f"{head}.{theirs}"]
+    return kept
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.float(), b.float().to(a.device))
 
 
 def absent_layers(model: nn.Module, config: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

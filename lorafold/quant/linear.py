@@ -87,6 +87,28 @@ class _PackedMatmul(torch.autograd.Function):
         return dx, d_offset if ctx.needs_input_grad[1] else None, d_scale, None
 
 
+class _PackedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, offset: Tensor | None, scale: Tensor | None, weight: QuantizedWeight, ids: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.weight, ctx.ids = weight, ids
+        own = [None if values is None else values[ids] for values in (offset, scale)]
+        return weight.rows(ids).decode(dtype, *own)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        codec, dy = ctx.weight.format, grads[0].float()
+        empty = dy.new_zeros(ctx.weight.shape[0], ctx.weight.shape[1] // codec.group_size)
+        d_offset = d_scale = None
+        if ctx.needs_input_grad[0]:
+            d_offset = empty.index_add(0, ctx.ids, dy.unflatten(1, (-1, codec.group_size)).sum(-1))
+        if ctx.needs_input_grad[1]:
+            moved = dy.unflatten(1, (-1, codec.group_size)) * codec.levels(ctx.weight.rows(ctx.ids).blocks)
+            d_scale = empty.index_add(0, ctx.ids, moved.sum(-1))
+        return d_offset, d_scale, None, None, None
+
+
 def _group_gradients(dy: Tensor, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     """dOffset and dScale [O, G] from dY [T, O] and X [T, I], some output rows at a time."""
     codec, (out, width) = weight.format, weight.shape
@@ -175,11 +197,11 @@ class QuantEmbedding(_Packed):
         self.dtype = dtype
         self.scale = scale
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Vectors [..., width] of the token ids."""
+    def forward(self, ids: Tensor, offset: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """Vectors [..., width] of the token ids; `offset` and `scale` [vocabulary, groups] replace the stored ones."""
         if ids.device.type == "cpu" and ids.numel() and int(ids.min()) < 0:  # a GPU would have to be waited for
             raise IndexError("a token id is negative")
-        rows = self.packed.rows(ids.flatten()).decode(self.dtype)
+        rows: Tensor = _PackedRows.apply(offset, scale, self.packed, ids.flatten(), self.dtype)  # type: ignore[assignment]
         rows = rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype)
         return rows.view(*ids.shape, self.shape[1])
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lorafold.adapters.adapt import adapt, merged, unload, unmerged
-from lorafold.adapters.adapted import carriers, set_active
+from lorafold.adapters.adapted import carriers, set_active, uses
 from lorafold.adapters.inject import adapter_state, inject
 from lorafold.adapters.rows import adapters_by_row
 from lorafold.adapters.targets import linear_layers
@@ -87,25 +87,28 @@ def test_what_cannot_be_trained_whole_is_refused(tiny_file: Callable[..., Path],
     with pytest.raises(AdapterError, match=r"(?s)1 has buffers.*2 has no parameters"):
         adapt(model, lora("0", modules_to_save=("1", "2")))
     tied = load(tiny_folder(tmp_path, tied=True)).model
-    for options in ({"modules_to_save": ("embed_tokens",)}, {"target_parameters": ("embed_tokens.weight",)}):
-        with pytest.raises(AdapterError, match="serves as embedding and as head"):
-            inject(tied, lora("q_proj", **options))
+    with pytest.raises(AdapterError, match="serves as embedding and as head"):
+        inject(tied, lora("q_proj", target_parameters=("embed_tokens.weight",)))
     assert not carriers(packed)
     assert not carriers(model)
     assert not carriers(tied)
 
 
-def test_shared_weights_are_not_merged() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ("0",)}], ids=["lora", "whole"])
+def test_merging_gives_one_use_of_a_shared_weight_its_own(options: dict[str, Any]) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
     model[1].weight = model[0].weight
-    before = model[0].weight.clone()
-    adapt(model, lora("0"))
+    shared, before = model[0].weight, model[0].weight.clone()
+    adapt(model, lora("2" if options else "0", **options))
     spread(model)
-    with pytest.raises(AdapterError, match="shares its weight"), merged(model):
-        pass
-    with pytest.raises(AdapterError, match="shares its weight"):
-        unload(model, merge=True)
-    assert torch.equal(model[1].weight, before)
+    y = model(x)
+    with merged(model):
+        torch.testing.assert_close(model(x), y)
+    assert [value for _, _, value in uses(model) if value is shared] == [shared, shared]
+    unload(model, merge=True)
+    torch.testing.assert_close(model(x), y)
+    assert model[1].weight is shared
+    assert torch.equal(shared, before)
 
 
 @pytest.mark.parametrize("dora", [False, True])

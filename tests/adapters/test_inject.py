@@ -65,7 +65,7 @@ def test_exclusions(loaded: LoadedModel, excluded: tuple[str, ...], expected: li
     assert find_targets(loaded.model, AdapterSpec(exclude_modules=excluded)) == expected
 
 
-@pytest.mark.parametrize("target", ["proj", "_proj", "q_proj.", "self_attn", "embed_tokens", "model.layers"])
+@pytest.mark.parametrize("target", ["proj", "_proj", "q_proj.", "self_attn", "embed_token", "model.layers"])
 def test_part_of_a_name_is_no_target(loaded: LoadedModel, target: str) -> None:
     with pytest.raises(AdapterError, match="matches no layer"):
         find_targets(loaded.model, AdapterSpec(target_modules=(target,)))
