@@ -185,20 +185,13 @@ def adapt_parameter(model: nn.Module, path: str, tied: bool = False) -> AdaptedP
 
     Args:
         tied: also where the model uses the same parameter under another name.
-
-    Raises:
-        AdapterError: the parameter has adapters already, on other uses than these.
     """
     owner, name = _owner(model, path)
     parameter = plain_parameter(model, path)
     assert parameter is not None
-    same = [(module, its_name) for module, its_name, value in uses(model) if value is parameter]
-    if parametrize.is_parametrized(owner, name):
-        carrier = next(m for m in owner.parametrizations[name] if isinstance(m, AdaptedParameter))  # type: ignore[index]
-        if tied != (len(carrier_uses(model, carrier)) > 1) and len(same) > 1:
-            raise AdapterError(f"{path} has an adapter on {'one of its uses' if tied else 'all of its uses'} already")
+    if (carrier := _carrier(owner, name)) is not None:
         return carrier
-    others = [use for use in same if tied and use != (owner, name)]
+    others = [use for use in _uses_of(model, parameter) if use != (owner, name)] if tied else []
     carrier = AdaptedParameter(parameter.device)
     carrier.train(owner.training)
     owner._defined_order = parameter_names(owner)  # type: ignore[assignment]
@@ -212,6 +205,30 @@ def adapt_parameter(model: nn.Module, path: str, tied: bool = False) -> AdaptedP
     for other, its_name in others:
         parametrize.register_parametrization(other, its_name, carrier, unsafe=True)
     return carrier
+
+
+def _carrier(owner: nn.Module, name: str) -> AdaptedParameter | None:
+    if not parametrize.is_parametrized(owner, name):
+        return None
+    return next(m for m in owner.parametrizations[name] if isinstance(m, AdaptedParameter))  # type: ignore[index, union-attr]
+
+
+def refuse_other_uses(model: nn.Module, path: str, tied: bool) -> None:
+    """Refuse an adapter on all uses of a parameter that has others on one of them, or the other way round.
+
+    Raises:
+        AdapterError: it has.
+    """
+    parameter, carrier = plain_parameter(model, path), _carrier(*_owner(model, path))
+    if parameter is None or carrier is None or len(_uses_of(model, parameter)) == 1:
+        return
+    if tied != (len(carrier_uses(model, carrier)) > 1):
+        where = "one of" if tied else "all"
+        raise AdapterError(f"{path} already has an adapter on {where} its uses; delete that first")
+
+
+def _uses_of(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    return [(module, name) for module, name, value in uses(model) if value is parameter]
 
 
 def uses(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

@@ -32,9 +32,7 @@ class Promotions:
     added_bytes: int = 0
 
 
-def prepare_group_bases(
-    layers: Mapping[str, nn.Module], targets: list[str], spec: AdapterSpec
-) -> Promotions:
+def prepare_group_bases(layers: Mapping[str, nn.Module], targets: list[str], spec: AdapterSpec) -> Promotions:
     """Make every target's format one that stores what is learned, or refuse them all at once.
 
     Raises:

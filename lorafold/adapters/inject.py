@@ -17,6 +17,7 @@ from lorafold.adapters.adapted import (
     adapt_parameter,
     carriers,
     plain_parameter,
+    refuse_other_uses,
     set_active,
     stored_transposed,
 )
@@ -69,8 +70,8 @@ class Injection:
             lines.append(f"{count} matrices of type {kind} stay as they are: it stores no {learned} to learn")
         if self.apart:
             lines.append(
-                f"{self.apart[0]} and {self.apart[1]} have one weight and are adapted apart, so folding writes a head of "
-                "its own (--ensure-weight-tying updates both alike)"
+                f"{self.apart[0]} and {self.apart[1]} have one weight and are adapted apart, so folding writes a head "
+                "of its own (--ensure-weight-tying updates both alike)"
             )
         return "; ".join(lines)
 
@@ -93,12 +94,11 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     pair = _shared_pair(model, targets, whole) if spec.ensure_weight_tying else None
     ends = tied_pair(model)
     result = Injection(targets)
-    if spec.method == "qa-lora":
-        if ALL_LINEAR in spec.target_modules:
-            inner = [path for path in targets if is_linear(path, layers[path])]
-            result.frozen = {path: kind for path in inner if (kind := unsuitable(layers[path], spec))}
-            if len(result.frozen) < len(targets):
-                targets = result.modules = [path for path in targets if path not in result.frozen]
+    if spec.method == "qa-lora" and ALL_LINEAR in spec.target_modules:
+        inner = [path for path in targets if is_linear(path, layers[path])]
+        result.frozen = {path: kind for path in inner if (kind := unsuitable(layers[path], spec))}
+        if len(result.frozen) < len(targets):
+            targets = [path for path in targets if path not in result.frozen]
     parameters = find_parameters(model, spec)
     attention = [path for path in targets if isinstance(layers[path], nn.MultiheadAttention)]
     for path in attention:
@@ -106,6 +106,9 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     plain = [path for path in targets if path not in attention]
     _refuse_misfits({path: layers[path] for path in plain}, parameters, spec)
     check_name(model, name, (*targets, *parameters, *whole, *(pair or ())))
+    every_use = [path for path in whole if not adapted or (pair is not None and path == f"{pair[0]}.weight")]
+    for path in whole:
+        refuse_other_uses(model, path, path in every_use)
     if spec.init_lora_weights == "eva":
         raise AdapterError("init_lora_weights eva begins with what layers see of rows, which lorafold train gives them")
     if spec.method == "qa-lora":  # last of what may refuse, since it changes the base
@@ -124,8 +127,7 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
         if isinstance(adapter, LoRA | GroupAdapter):
             attach(model, path, adapter, name)
         else:
-            shared = isinstance(adapter, ParameterValue) or (pair is not None and path == f"{pair[0]}.weight")
-            attach_parameter(model, path, adapter, name, shared)
+            attach_parameter(model, path, adapter, name, path in every_use)  # type: ignore[arg-type]
     set_active(model, name)
     result.modules = list(made)
     if ends and pair is None and adapted and any(end in made or f"{end}.weight" in made for end in ends):
@@ -160,7 +162,8 @@ def _parameter(module: nn.Module, dotted: str) -> Tensor | None:
 def _refuse_misfits(layers: dict[str, nn.Module], parameters: list[str], spec: AdapterSpec) -> None:
     """What an option cannot do on the layers that were found, all at once."""
     faults = []
-    if spec.ensure_weight_tying and spec.use_dora and any(isinstance(site_of(m), EmbeddingSite) for m in layers.values()):
+    tables = [path for path, base in layers.items() if isinstance(base, nn.Embedding | QuantEmbedding)]
+    if spec.ensure_weight_tying and spec.use_dora and tables:
         faults.append("use_dora learns a length for each column of an embedding, and the head's outputs are its rows")
     odd_start = spec.init_lora_weights not in ("kaiming", "gaussian")
     for path, base in layers.items():
@@ -229,7 +232,7 @@ def attach_parameter(
         tied: also where the model uses the same parameter under another name.
 
     Raises:
-        AdapterError: the parameter already carries an adapter of this name, or others on other uses than these.
+        AdapterError: the parameter already carries an adapter of this name.
     """
     carrier = adapt_parameter(model, path, tied)
     _refuse_second(carrier, name)

@@ -28,7 +28,9 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear | QuantLinear]:
 def adaptable(model: nn.Module, method: str = "lora") -> dict[str, nn.Module]:
     """What a method can adapt, by name: of qa-lora linear layers and packed tables, else all of `SITES`, attention."""
     if method == "qa-lora":
-        return {n: m for n, m in plain_modules(model).items() if isinstance(m, nn.Linear | QuantLinear | QuantEmbedding)}
+        return {
+            n: m for n, m in plain_modules(model).items() if isinstance(m, nn.Linear | QuantLinear | QuantEmbedding)
+        }
     kinds = (*SITES, nn.MultiheadAttention)
     found = {name: module for name, module in plain_modules(model).items() if isinstance(module, kinds)}
     attention = [f"{name}." for name, module in found.items() if isinstance(module, nn.MultiheadAttention)]

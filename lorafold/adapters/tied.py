@@ -1,19 +1,30 @@
 """Embedding and head with one weight: an update of both, or of one of them, which then has a weight of its own.
 
-The weight W [V, H] is a table to the embedding and a matrix to the head. LoRA sees the table transposed (`sites.py`), so
-the embedding's update s B A, A [r, V], B [H, r], is  s A^T B^T  to the head: the same parameters, seen from there. Offsets
-and scales of groups are the same seen from both.
+The weight W [V, H] is a table to the embedding and a matrix to the head. LoRA sees the table transposed (`sites.py`),
+so the embedding's update s B A, A [r, V], B [H, r], is  s A^T B^T  to the head: the same parameters, seen from there.
+Offsets and scales of groups are the same seen from both.
 """
 
 # r rank, V vocabulary, H hidden width
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
-from lorafold.adapters.adapted import AdaptedLayer, Adapter, plain_modules, plain_parameter
+from lorafold.adapters.adapted import (
+    AdaptedLayer,
+    Adapter,
+    adapted_layers,
+    carrier_uses,
+    carriers,
+    plain_modules,
+    plain_parameter,
+)
 from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.lora import LoRA
+from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.adapters.sites import LinearSite
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError
@@ -80,22 +91,56 @@ def follows(adapter: nn.Module) -> bool:
     return isinstance(adapter, TiedLoRA | TiedGroup)
 
 
-def tied_pair(model: nn.Module) -> tuple[str, str] | None:
-    """Names of the embedding and of the head, where these have one weight."""
+def _ends(model: nn.Module) -> dict[str, nn.Module]:
+    """Embedding and head by name, without their adapters, where the model's config says that they have one weight."""
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return None
+        return {}
     names = {id(module): name for name, module in reversed(plain_modules(model).items())}  # the first of several names
-    found: list[tuple[str, Tensor | None]] = []
+    found = {}
     for end in ("get_input_embeddings", "get_output_embeddings"):
         module = getattr(model, end, lambda: None)()  # a classifier has no head, whatever it inherits
         module = module.base if isinstance(module, AdaptedLayer) else module
         if id(module) not in names:
-            return None
-        name = names[id(module)]
-        packed = isinstance(module, QuantEmbedding | QuantLinear)
-        found.append((name, module.blocks if packed else plain_parameter(model, f"{name}.weight")))
-    (embedding, table), (head, matrix) = found
+            return {}
+        found[names[id(module)]] = module
+    return found
+
+
+def updated_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """(name, layer) of adapted layers but for a head that has the embedding's update, and its weight."""
+    for path, layer in adapted_layers(model):
+        if not any(follows(adapter) for adapter in layer.active_adapters()):
+            yield path, layer
+
+
+def tied_pair(model: nn.Module) -> tuple[str, str] | None:
+    """Names of the embedding and of the head, where these have one weight."""
+    ends = _ends(model)
+    if len(ends) < 2:
+        return None
+    packed = [isinstance(module, QuantEmbedding | QuantLinear) for module in ends.values()]
+    if all(packed):
+        table, matrix = (module.blocks for module in ends.values())
+    else:
+        table, matrix = (plain_parameter(model, f"{name}.weight") for name in ends)
+    embedding, head = ends
     return (embedding, head) if table is not None and table is matrix else None
+
+
+def taken_apart(model: nn.Module) -> tuple[str, str] | None:
+    """Names of the embedding and of the head, where the base has one weight for both and active adapters two."""
+    ends = list(_ends(model))
+    if len(ends) < 2:
+        return None
+    held = {path: carrier for path, carrier in carriers(model) if carrier.active}
+    updates = []
+    for end in ends:
+        found = [held[path] for path in (end, f"{end}.weight") if path in held]
+        updates.append([source_of(carrier.adapters[name]) for carrier in found for name in carrier.active])
+    whole = held.get(f"{ends[0]}.weight")
+    if isinstance(whole, AdaptedParameter) and len(carrier_uses(model, whole)) > 1:
+        updates[1] = updates[0]
+    return None if updates[0] == updates[1] else (ends[0], ends[1])
 
 
 def pair_to_share(model: nn.Module) -> tuple[str, str]:

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lorafold.adapters.adapted import plain_parameter, set_active
-from lorafold.adapters.group_bases import prepare_group_bases
+from lorafold.adapters.adapted import plain_parameter, refuse_other_uses, set_active
 from lorafold.adapters.group import GroupAdapter
+from lorafold.adapters.group_bases import prepare_group_bases
 from lorafold.adapters.inject import (
     Injection,
     attach,
@@ -30,10 +30,10 @@ from lorafold.adapters.inject import (
     make_whole,
 )
 from lorafold.adapters.lora import LoRA
-from lorafold.adapters.parameters import ParameterDelta, ParameterValue
+from lorafold.adapters.parameters import ParameterDelta
 from lorafold.adapters.targets import adaptable
 from lorafold.adapters.tied import follow, pair_to_share
-from lorafold.config import AdapterSpec
+from lorafold.config import METHODS, AdapterSpec
 from lorafold.errors import AdapterError, ConfigError, bullet_list
 from lorafold.files import replacing_folder
 from lorafold.models.load import LoadedModel
@@ -169,6 +169,10 @@ def attach_tensors(
         plain = [path for path in grouped if type(adaptable(model).get(path)).__name__ == "Linear"]
         faults += [f"fan_in_fan_out is for GPT-2's Conv1D, and {plain[0]} is none"] if plain else []
     check_name(model, name, (*grouped, *(pair or ())))
+    every_use = list(grouped) if METHODS[spec.method].whole else [f"{pair[0]}.weight"] if pair else []
+    for path in grouped:
+        if "" in grouped[path]:
+            refuse_other_uses(model, path, path in every_use)
     built: dict[str, Any] = {}
     layers = adaptable(model, spec.method)
     for path, parts in grouped.items():
@@ -207,8 +211,7 @@ def attach_tensors(
         if isinstance(adapter, LoRA | GroupAdapter):
             attach(model, path, adapter, name)
         else:
-            shared = isinstance(adapter, ParameterValue) or (pair is not None and path == f"{pair[0]}.weight")
-            attach_parameter(model, path, adapter, name, shared)
+            attach_parameter(model, path, adapter, name, path in every_use)
     set_active(model, name)
     return result
 

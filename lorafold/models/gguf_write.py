@@ -1,9 +1,10 @@
 """Write a GGUF file that differs from its base only where it must.
 
-When every replaced tensor keeps its type, the file is copied and the replaced bytes are overwritten:
-all else is identical by construction. When a tensor changes its type (promotion, re-quantizing), sizes change: the
-key-value section is copied as raw bytes (only `general.file_type` is patched), a new tensor table is written, and the
-data follow in the old order.
+When every replaced tensor keeps its type and none is new, the file is copied and the replaced bytes are overwritten:
+all else is identical by construction. When a tensor changes its type (promotion, re-quantizing) or one is added (a
+head that had the embedding's weights and has its own now), sizes change: the key-value section is copied as raw bytes
+(only `general.file_type` is patched), a new tensor table is written, and the data follow in the old order, new ones
+last.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lorafold.models.load import Binding
 from lorafold.quant.weight import QuantizedWeight
 
 _FILE_TYPE = "general.file_type"
+_COUNT_AT = 8  # of the number of tensors, after magic and version
 
 
 def file_order(weight: QuantizedWeight, binding: Binding) -> np.ndarray:
@@ -34,21 +36,27 @@ def file_order(weight: QuantizedWeight, binding: Binding) -> np.ndarray:
     return blocks.contiguous().numpy()
 
 
-def write_gguf(base: GGUFFile, replaced: Mapping[str, tuple[str, np.ndarray]], path: Path) -> None:
-    """Write `base` with some tensors replaced.
+def write_gguf(
+    base: GGUFFile,
+    replaced: Mapping[str, tuple[str, np.ndarray]],
+    path: Path,
+    added: Mapping[str, tuple[str, np.ndarray, tuple[int, ...]]] | None = None,
+) -> None:
+    """Write `base` with some tensors replaced, or new.
 
     Args:
         replaced: tensor name -> (type name, bytes).
+        added: the same of tensors that `base` lacks, with their shapes.
         path: written under a temporary name and renamed; an existing file is replaced.
 
     Raises:
         OutputError: the file cannot be written; nothing is left behind.
     """
     with replacing(path) as temporary:
-        if all(base.tensors[name].type == kind for name, (kind, _) in replaced.items()):
+        if not added and all(base.tensors[name].type == kind for name, (kind, _) in replaced.items()):
             _overwrite(base, replaced, temporary)
         else:
-            _rewrite(base, replaced, temporary)
+            _rewrite(base, replaced, added or {}, temporary)
 
 
 def _overwrite(base: GGUFFile, replaced: Mapping[str, tuple[str, np.ndarray]], path: Path) -> None:
@@ -59,7 +67,12 @@ def _overwrite(base: GGUFFile, replaced: Mapping[str, tuple[str, np.ndarray]], p
             out.write(data.reshape(-1).data)
 
 
-def _rewrite(base: GGUFFile, replaced: Mapping[str, tuple[str, np.ndarray]], path: Path) -> None:
+def _rewrite(
+    base: GGUFFile,
+    replaced: Mapping[str, tuple[str, np.ndarray]],
+    added: Mapping[str, tuple[str, np.ndarray, tuple[int, ...]]],
+    path: Path,
+) -> None:
     table, at = [], 0
     for info in sorted(base.tensors.values(), key=lambda info: info.offset):
         kind, nbytes = info.type, info.nbytes
@@ -67,15 +80,22 @@ def _rewrite(base: GGUFFile, replaced: Mapping[str, tuple[str, np.ndarray]], pat
             kind, nbytes = replaced[info.name][0], replaced[info.name][1].size
         table.append(TensorInfo(info.name, info.shape, kind, at, nbytes))
         at = _padded(at + nbytes, base.alignment)
+    for name, (kind, data, shape) in added.items():
+        table.append(TensorInfo(name, shape, kind, at, data.size))
+        at = _padded(at + data.size, base.alignment)
+    given = {name: data for name, (_, data, *_) in [*replaced.items(), *added.items()]}
     new = {info.name: info for info in table}
     with path.open("wb") as out:
-        out.write(base.section(0, base.kv_start).data)
-        out.write(_patched_metadata(base, new))
-        for name in base.tensors:
+        head = bytearray(base.section(0, base.kv_start).tobytes())
+        struct.pack_into("<Q", head, _COUNT_AT, len(table))
+        out.write(head)
+        changed = any(base.tensors[name].type != kind for name, (kind, _) in replaced.items())
+        out.write(_patched_metadata(base, new) if changed else base.section(base.kv_start, base.kv_end).data)
+        for name in (*base.tensors, *added):
             out.write(_table_row(new[name]))
         _pad(out, base.alignment)
         for info in table:
-            data = replaced[info.name][1].reshape(-1) if info.name in replaced else base.raw(info.name)
+            data = given[info.name].reshape(-1) if info.name in given else base.raw(info.name)
             out.write(data.data)
             _pad(out, base.alignment)
 

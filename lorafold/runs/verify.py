@@ -14,6 +14,7 @@ import torch
 
 from lorafold.adapters.adapted import AdaptedLayer, adapted_layers, set_active
 from lorafold.adapters.fold import fold
+from lorafold.adapters.tied import taken_apart, updated_layers
 from lorafold.data.tokens import Tokens
 from lorafold.errors import ConfigError, FormatError
 from lorafold.evals import llama_cpp, mlx_lm
@@ -23,9 +24,10 @@ from lorafold.evals.mlx_lm import MlxLm
 from lorafold.models.exports import export_gguf_adapter, export_mlx_adapter
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.gguf_write import file_order
-from lorafold.models.load import LoadedModel, load, resolve
-from lorafold.models.mlx_folder import MLXFolder, is_mlx
-from lorafold.quant.linear import QuantLinear
+from lorafold.models.load import HEAD_TENSOR, LoadedModel, binding_of, load, resolve
+from lorafold.models.mlx_folder import HEAD_FILE, MLXFolder, is_mlx
+from lorafold.models.tensors import UNTIED
+from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import steps_apart
 from lorafold.runs.display import Display
 from lorafold.runs.fold import load_trained
@@ -33,6 +35,7 @@ from lorafold.runs.folder import Run
 
 RUNTIME_TOKENS = 2000  # predictions compared in llama.cpp
 PROMOTION_STEPS = 0.025  # of a step: in float16 a K-quant's scale errs by 2^-11 of 15.5 steps, its offset of 31
+TABLE = "token_embd.weight"  # llama.cpp's name of the embedding; of the head where that has no tensor of its own
 _FILE_TYPE = "general.file_type"
 
 
@@ -64,9 +67,11 @@ def verify_file(path: Path, run: Run) -> list[Check]:
     if trained.gguf is None:
         return _verify_mlx(path, trained, run.config.adapter.adapt)
     base, file = trained.gguf, GGUFFile(path)
-    folded = {trained.bindings[f.name].tensor: f for f in fold(trained.model, least_kept=None)}
+    folded = {binding_of(trained, f.name).tensor: f for f in fold(trained.model, least_kept=None)}
+    head = [] if taken_apart(trained.model) is None else [_own_head(base, file, HEAD_TENSOR in folded)]
     return [
-        _same_layout(base, file, {tensor: f.weight.codec for tensor, f in folded.items()}),
+        *head,
+        _same_layout(base, file, {tensor: f.weight.codec for tensor, f in folded.items()}, bool(head)),
         _trained_weights(trained, path),
         _zero_adapter(trained),
         _untouched(base, file, set(folded)),
@@ -83,16 +88,23 @@ def _verify_mlx(path: Path, trained: LoadedModel, adapt: str) -> list[Check]:
     ours, theirs = (
         {name: (t.file.name, t.kind, t.shape) for name, t in folder.tensors.items()} for folder in (base, file)
     )
-    layout = ours == theirs and base.quantized == file.quantized
+    own_head = {}
+    if (apart := taken_apart(trained.model)) is not None:
+        table = {name: own for name, own in ours.items() if name.rpartition(".")[0] == apart[0]}
+        own_head = {name.replace(*apart, 1): (HEAD_FILE, *own[1:]) for name, own in table.items()}
+    quantized = base.quantized | ({apart[1]: base.quantized[apart[0]]} if apart else {})
+    layout = ours | own_head == theirs and quantized == file.quantized
     checks = [Check("same tensors, types and shapes", layout, f"{len(ours)} tensors, {len(base.quantized)} quantized")]
     if not layout:
         return checks
     moved = {"offset": ("biases",), "scale": ("scales",), "both": ("biases", "scales")}[adapt]
-    folded = {f"{path}.{part}" for path, _ in adapted_layers(trained.model) for part in moved}
+    folded = {f"{path}.{part}" for path, _ in updated_layers(trained.model) for part in moved} & ours.keys()
     same = [name for name in ours if name not in folded and _sha(base.raw(name)) == _sha(file.raw(name))]
     changed = len(ours) - len(folded) - len(same)
     others = {p.name for p in base.path.iterdir() if p.is_file() and p.suffix != ".safetensors"}
     differing = [name for name in sorted(others) if not _same_bytes(base.path / name, path / name)]
+    if apart is not None:
+        differing = [name for name in differing if name not in UNTIED]
     return [
         *checks,
         _trained_weights(trained, path),
@@ -106,8 +118,18 @@ def _same_bytes(a: Path, b: Path) -> bool:
     return b.is_file() and a.read_bytes() == b.read_bytes()
 
 
-def _same_layout(base: GGUFFile, file: GGUFFile, codecs: dict[str, str]) -> Check:
+def _own_head(base: GGUFFile, file: GGUFFile, folded: bool) -> Check:
+    """The head got a tensor of its own: the trained one, or, if the embedding alone was trained, the base's bytes."""
+    there = HEAD_TENSOR in file.tensors and file.tensors[HEAD_TENSOR].shape == base.tensors[TABLE].shape
+    same = there and (folded or _sha(file.raw(HEAD_TENSOR)) == _sha(base.raw(TABLE)))
+    return Check("head with a tensor of its own", same, "trained" if folded else f"bytes of the base's {TABLE}")
+
+
+def _same_layout(base: GGUFFile, file: GGUFFile, codecs: dict[str, str], own_head: bool) -> Check:
     expected = {name: (codecs.get(name, info.type), info.shape) for name, info in base.tensors.items()}
+    if own_head:
+        table = base.tensors[TABLE]
+        expected[HEAD_TENSOR] = (codecs.get(HEAD_TENSOR, table.type), table.shape)
     actual = {name: (info.type, info.shape) for name, info in file.tensors.items()}
     promoted = sum(codecs.get(name, info.type) != info.type for name, info in base.tensors.items())
     sizes = f"{base.path.stat().st_size:,} bytes before, {file.path.stat().st_size:,} after"
@@ -121,8 +143,8 @@ def _trained_weights(trained: LoadedModel, file: Path) -> Check:
     worst, count = 0.0, 0
     for path, layer in adapted_layers(trained.model):
         other = stored.model.get_submodule(path)
-        assert isinstance(layer.base, QuantLinear)
-        if not isinstance(other, QuantLinear) or other.shape != layer.base.shape:
+        assert isinstance(layer.base, QuantLinear | QuantEmbedding)
+        if not isinstance(other, type(layer.base)) or other.shape != layer.base.shape:
             return Check("decoded file = training weights", False, f"{path} has another format in the file")
         for dtype in (torch.float32, torch.bfloat16):
             ours = layer.base.packed.decode(dtype, layer.offset(), layer.scale())
@@ -135,7 +157,7 @@ def _trained_weights(trained: LoadedModel, file: Path) -> Check:
 @torch.no_grad()
 def _zero_adapter(trained: LoadedModel) -> Check:
     """Folding an adapter of zeros must give the base back: the same bytes, or after promotion the same weights."""
-    apart = [_zero_fold_apart(trained, path, layer) for path, layer in adapted_layers(trained.model)]
+    apart = [_zero_fold_apart(trained, path, layer) for path, layer in updated_layers(trained.model)]
     different = sum(a is None for a in apart)
     promoted = [a for a in apart if a]
     detail = f"{different} layers differ" if different else "every adapted tensor is byte-identical to the base"
@@ -144,11 +166,18 @@ def _zero_adapter(trained: LoadedModel) -> Check:
     return Check("zero adapter = base", not different and all(a <= PROMOTION_STEPS for a in promoted), detail)
 
 
+def _place_of_weight(trained: LoadedModel, path: str) -> str:
+    """The layer whose tensors in the base have a layer's weight: the embedding for a head without any of its own."""
+    apart = taken_apart(trained.model)
+    return apart[0] if apart is not None and path == apart[1] else path
+
+
 def _zero_fold_apart(trained: LoadedModel, path: str, layer: AdaptedLayer) -> float | None:
     """0 where a fold of zeros gives the base back, None where it does not; for promoted K-quants the steps apart."""
-    assert isinstance(layer.base, QuantLinear)
+    assert isinstance(layer.base, QuantLinear | QuantEmbedding)
     packed = layer.base.packed
     codec = packed.format
+    source = _place_of_weight(trained, path)
     blocks, nothing = packed.blocks, torch.zeros_like(codec.scale(packed.blocks))
     if codec.affine:
         blocks = codec.with_offset(blocks, codec.move_offset(codec.offset(blocks), nothing))
@@ -156,9 +185,9 @@ def _zero_fold_apart(trained: LoadedModel, path: str, layer: AdaptedLayer) -> fl
         blocks = codec.with_scale(blocks, codec.move_scale(codec.scale(blocks), nothing))
     unchanged = type(packed)(packed.codec, packed.shape, blocks)
     if trained.mlx is not None:
-        return 0.0 if torch.equal(unchanged.blocks, trained.mlx.packed(path).blocks) else None
+        return 0.0 if torch.equal(unchanged.blocks, trained.mlx.packed(source).blocks) else None
     assert trained.gguf is not None
-    binding = trained.bindings[path]
+    binding = trained.bindings[source]
     info = trained.gguf.tensors[binding.tensor]
     if info.type == packed.codec:
         same = np.array_equal(file_order(unchanged, binding).reshape(-1), trained.gguf.raw(binding.tensor))
