@@ -57,7 +57,7 @@ class AdaptedLayer(nn.Module):
 
     def offset(self) -> Tensor | None:
         """Offsets [out, groups] it computes with, as its file stores them; None where none are learned."""
-        update = self._sum(GroupAdapter.offset_update)
+        update = self._sum(lambda adapter: adapter.offset_update())
         if update is None:
             return None
         packed = self.base.packed  # type: ignore[union-attr]
@@ -65,7 +65,7 @@ class AdaptedLayer(nn.Module):
 
     def scale(self) -> Tensor | None:
         """Scales [out, groups] it computes with, as its file stores them; None where none are learned."""
-        update = self._sum(GroupAdapter.scale_update)
+        update = self._sum(lambda adapter: adapter.scale_update())
         if update is None:
             return None
         packed = self.base.packed  # type: ignore[union-attr]

@@ -201,3 +201,37 @@ def test_what_cannot_be_shared_is_refused(folder: Path) -> None:
     with pytest.raises(AdapterError, match="already has an adapter on one of its uses"):
         inject(model, spec_of(("embed_tokens",), True, whole=True), "two")
     assert adapter_names(model) == ["one"]
+
+
+@pytest.mark.parametrize("adapt", ["offset", "scale", "both"])
+def test_offsets_and_scales_of_both_uses_have_the_gradients_of_one_dense_weight(
+    adapt: str, tiny_file: Callable[..., Path]
+) -> None:
+    """The oracle is transformers' own tied weight: dOffset is its gradient summed over groups, of both uses together."""
+    loaded, dense, ids = load(tiny_file("gemma3", "Q4_1")), tiny_model("gemma3", "Q4_1"), tiny_ids(12)
+    spec = AdapterSpec("qa-lora", r="full", target_modules=("embed_tokens",), adapt=adapt, ensure_weight_tying=True)
+    adapt_result = inject(loaded.model, spec)
+    assert adapt_result.apart is None
+    weight = dense.model.embed_tokens.weight.requires_grad_()  # type: ignore[union-attr]
+    for model in (loaded.model, dense):
+        model(ids).logits.square().mean().backward()
+    assert weight.grad is not None
+    table = loaded.model.model.embed_tokens.base.packed  # type: ignore[union-attr]
+    grouped = weight.grad.unflatten(1, (-1, table.format.group_size))
+    step = table.format.scale(table.blocks)
+    wanted = {
+        "offset_delta": grouped.sum(-1),
+        "scale_delta": step * (grouped * table.format.levels(table.blocks)).sum(-1),
+    }
+    state = adapter_state(loaded.model)
+    assert len(state) == (2 if adapt == "both" else 1)
+    for key, parameter in state.items():
+        assert parameter.grad is not None
+        other = wanted[key.rpartition(".")[2]]
+        torch.testing.assert_close(parameter.grad, other, atol=1e-5 * float(other.abs().max()), rtol=1e-4)
+
+
+def test_only_embeddings_with_offsets_take_a_group_adapter(tiny_file: Callable[..., Path]) -> None:
+    model = load(tiny_file("llama", "Q8_0")).model
+    with pytest.raises(AdapterError, match=r"Q8_0: 1 layers \(model.embed_tokens\)"):
+        inject(model, AdapterSpec("qa-lora", target_modules=("all-linear", "embed_tokens"), ensure_weight_tying=True))
