@@ -23,6 +23,7 @@ from lorafold.adapters.adapted import (
     AdaptedLayer,
     AdaptedParameter,
     Carrier,
+    adapter_names,
     carrier_uses,
     carriers,
     delete_adapter,
@@ -213,6 +214,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
         if pair is not None and tied_pair(model) is None:
             model.config.tie_word_embeddings = False  # type: ignore[union-attr]
             warnings.warn(f"{pair[0]} and {pair[1]} have weights of their own now", stacklevel=2)
-    for name in {name for _, carrier in carriers(model) for name in carrier.adapters}:
+    set_active(model, None)
+    for name in adapter_names(model):
         delete_adapter(model, name)
     return model

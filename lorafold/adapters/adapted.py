@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -276,11 +277,16 @@ def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Take an adapter off; layers that carry no other one are what they were before.
 
+    If no adapter is active then, and this one was, the first by name of those left becomes so, with a warning, as in
+    PEFT (which chooses layer by layer).
+
     Raises:
         AdapterError: the model carries no adapter of this name.
     """
     refuse_unknown(model, (name,))
-    for path, carrier in list(carriers(model)):
+    found = carriers(model)
+    was_active = any(name in carrier.active for _, carrier in found)
+    for path, carrier in found:
         if name not in carrier.adapters:
             continue
         del carrier.adapters[name]
@@ -296,6 +302,10 @@ def delete_adapter(model: nn.Module, name: str) -> None:
                 parametrize.remove_parametrizations(owner, parameter, leave_parametrized=False)
                 if not parametrize.is_parametrized(owner):
                     vars(owner).pop("_defined_order", None)
+    left = adapter_names(model)
+    if left and was_active and not any(carrier.active for _, carrier in carriers(model)):
+        warnings.warn(f"the active adapter {name!r} was deleted; {min(left)!r} is active now", stacklevel=2)
+        set_active(model, min(left))
 
 
 def refuse_unknown(model: nn.Module, names: Sequence[str]) -> None:

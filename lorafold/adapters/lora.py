@@ -78,8 +78,8 @@ class LoRA(nn.Module):
         self.register_parameter(site.names[1], nn.Parameter(torch.zeros(b)))
         if dora:
             self.lora_magnitude_vector = nn.Parameter(torch.empty(b[0]))
-        self.register_buffer("start_A", None, persistent=False)
-        self.register_buffer("start_B", None, persistent=False)
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
         self.kept_norm: Tensor | None = None  # while the weights stand still, see `parameters_once`
 
     def learned(self) -> tuple[Tensor, Tensor]:

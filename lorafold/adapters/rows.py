@@ -17,7 +17,7 @@ from lorafold.adapters.lora import LoRA
 from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.adapters.sites import LinearSite
 from lorafold.errors import AdapterError
-from lorafold.quant.linear import pooled
+from lorafold.quant.linear import QuantEmbedding, pooled
 
 
 class _Rows:
@@ -76,6 +76,8 @@ class _RowAdapters:
         self.group = 1
         self.a: Tensor | None = None
         self.b: Tensor | None = None
+        if isinstance(self.base, QuantEmbedding) and any(isinstance(a, GroupAdapter) for a in self.adapters):
+            raise AdapterError("the offsets of an embedding cannot differ from row to row; those of other layers can")
         if all(isinstance(a, LoRA) and type(a.site) is LinearSite and not a.dora for a in self.adapters):
             stacked_a, stacked_b = _stacked([(*a.factors(), a.scaling) for a in self.adapters], dtype)
             self.a, self.b = stacked_a[index], stacked_b[index]

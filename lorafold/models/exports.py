@@ -22,6 +22,7 @@ from lorafold.adapters.adapted import AdaptedLayer, adapted_layers, carriers
 from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.lora import LoRA
 from lorafold.adapters.parameters import AdaptedParameter
+from lorafold.adapters.tied import follows, taken_apart
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, FormatError, bullet_list
 from lorafold.files import replacing, replacing_folder
@@ -53,9 +54,11 @@ def lora_pairs(
     for path, layer in adapted_layers(loaded.model):
         if name not in layer.adapters:
             continue
-        adapter = layer.adapters[name]
-        if isinstance(adapter, LoRA) and (adapter.dora or not isinstance(layer.base, nn.Linear | QuantLinear)):
-            odd.append(f"{path}: {'DoRA' if adapter.dora else type(layer.base).__name__}")
+        adapter, linear = layer.adapters[name], isinstance(layer.base, nn.Linear | QuantLinear)
+        if follows(adapter):
+            odd.append(f"{path}: the embedding's update")
+        elif not linear or (isinstance(adapter, LoRA) and adapter.dora):
+            odd.append(f"{path}: {'DoRA' if linear else type(layer.base).__name__}")
         elif isinstance(adapter, LoRA):
             pairs[path] = (*(factor.detach() for factor in adapter.factors()), adapter.scaling)
         elif isinstance(adapter, GroupAdapter):
@@ -73,7 +76,18 @@ def lora_pairs(
         raise AdapterError(
             "such an adapter holds nothing but LoRA of linear layers, and here there is more:\n"
             + bullet_list(odd[:8] + ([f"and {len(odd) - 8} more"] if len(odd) > 8 else []))
-            + "\nexport it for peft, or fold it into a model (lorafold fold)"
+            + "\nfold it into a model (lorafold fold), or export LoRA for peft"
+        )
+    return pairs
+
+
+def _runtime_pairs(loaded: LoadedModel, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """`lora_pairs` for a runtime, to which a head with the embedding's weight is no layer of its own."""
+    pairs, ends = lora_pairs(loaded, name), taken_apart(loaded.model)
+    if ends is not None and ends[1] in pairs:
+        raise AdapterError(
+            f"{ends[1]} has the weight of {ends[0]} in {loaded.path.name}, so a runtime knows no layer of that name; "
+            "fold the adapter into the model instead (lorafold fold)"
         )
     return pairs
 
@@ -128,19 +142,20 @@ def export_gguf_adapter(loaded: LoadedModel, path: Path, name: str = "default") 
     """Write a GGUF adapter that llama.cpp applies to the base file at run time (`--lora`), in float32.
 
     Raises:
-        AdapterError: the base is not a GGUF file, so its tensor names are not known.
+        AdapterError: the base is not a GGUF file, so its tensor names are not known, or has none for a head.
         OutputError: it cannot be written.
     """
     if loaded.gguf is None:
         raise AdapterError(
             "a GGUF adapter needs a GGUF base, whose tensor names it uses; export with --to peft instead"
         )
+    pairs = _runtime_pairs(loaded, name)
     with replacing(path) as temporary:
         with closing(GGUFWriter(temporary, loaded.gguf.architecture)) as writer:
             writer.add_type("adapter")
             writer.add_string("adapter.type", "lora")
             writer.add_float32("adapter.lora.alpha", 0.0)  # the scaling is inside B, since ranks may differ
-            for module, (a, b, scaling) in lora_pairs(loaded, name).items():
+            for module, (a, b, scaling) in pairs.items():
                 binding = loaded.bindings[module]
                 b = b * scaling
                 if binding.row_order is not None:
@@ -165,7 +180,7 @@ def export_mlx_adapter(loaded: LoadedModel, folder: Path, name: str = "default")
     Raises:
         OutputError: it cannot be written.
     """
-    pairs = lora_pairs(loaded, name)
+    pairs = _runtime_pairs(loaded, name)
     rank = max(a.shape[0] for a, _, _ in pairs.values())
     tensors = {}
     for path, (a, b, scaling) in pairs.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lorafold.adapters.adapt import adapt, merged, unload, unmerged
-from lorafold.adapters.adapted import carriers, set_active, uses
+from lorafold.adapters.adapted import carriers, delete_adapter, set_active, uses
 from lorafold.adapters.inject import adapter_state, inject
 from lorafold.adapters.rows import adapters_by_row
 from lorafold.adapters.targets import linear_layers
@@ -264,3 +264,39 @@ def test_unload_leaves_nothing_behind() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.state_dict().keys() == before.keys()
     set_active(model, None)
+
+
+def test_after_the_active_adapter_is_deleted_the_one_is_active_that_peft_makes_so() -> None:
+    """And of several active ones those that are left; an adapter that was not active changes nothing."""
+    ours = nn.Sequential(nn.Linear(4, 4))
+    theirs = peft.get_peft_model(copy.deepcopy(ours), peft.LoraConfig(r=2, target_modules=["0"]), "c")
+    for name in "cab":
+        adapt(ours, lora("0"), name)
+        if name != "c":
+            theirs.add_adapter(name, peft.LoraConfig(r=2, target_modules=["0"]))
+    for wanted, deleted, left in (("c", "b", ["c"]), ("c", "c", ["a"])):
+        for model, switch in ((ours, set_active), (theirs.base_model, lambda m, n: m.set_adapter(n))):
+            switch(model, wanted)
+        delete_adapter(ours, deleted)
+        theirs.delete_adapter(deleted)
+        assert list(next(c for _, c in carriers(ours)).active) == theirs.active_adapters == left
+    adapt(ours, lora("0"), "z")
+    set_active(ours, ["z", "a"])
+    delete_adapter(ours, "a")
+    assert next(c for _, c in carriers(ours)).active == ("z",)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_a_state_dict_holds_where_an_adapter_began(start: str) -> None:
+    """`pissa_niter` draws random numbers, so another model begins elsewhere until it has loaded."""
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)), torch.randn(3, 8)
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        adapt(one, lora("0", "2", init_lora_weights=start))
+        spread(one)
+    with torch.no_grad():
+        twin[0].base.weight.zero_()  # type: ignore[union-attr, operator]
+        for adapter in (layer.adapters["default"] for _, layer in carriers(twin)):
+            adapter.start_A.zero_()  # type: ignore[union-attr]
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(x), model(x))

@@ -136,3 +136,15 @@ def test_mlx_lm_computes_what_was_folded(method: str, case: str, tmp_path: Path,
     if method == "qa-lora":
         assert command("verify", out, "--run", adapter, "--no-runtime") == 0
         assert command("verify", base, "--run", adapter, "--no-runtime") == 1
+
+
+@by_case
+@pytest.mark.parametrize("method", ["qa-lora", "lora"])
+def test_what_no_runtime_can_apply_is_not_exported(
+    method: str, case: str, tiny_file: Files, tmp_path: Path, capsys: Any
+) -> None:
+    """Of a tied embedding llama.cpp's adapter would be looked up for the head as well; mlx-lm has no head there."""
+    adapter = adapter_of(tiny_file("llama", "Q4_1"), case, tmp_path, method)
+    assert command("export", adapter, "--to", "gguf-adapter", "-o", tmp_path / "adapter.gguf") == 2
+    assert ("model.embed_tokens: QuantEmbedding" if case != "head" else "no layer of that name") in capsys.readouterr().err
+    assert not (tmp_path / "adapter.gguf").exists()
