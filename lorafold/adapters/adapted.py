@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils import parametrize
 
 from lorafold.adapters.group import GroupAdapter
@@ -102,10 +103,31 @@ Carrier = AdaptedLayer | AdaptedParameter
 
 
 def carriers(model: nn.Module) -> list[tuple[str, Carrier]]:
-    """(name of the layer or parameter, what carries its adapters), in model order.
+    """(name of the layer or parameter, what carries its adapters), in model order; not to be changed.
 
-    Walks by hand: with many adapters most modules are parts of these, and there is nothing in them to be found.
+    Found once, and again after any module has been put anywhere: a switch of the adapter is to be quick.
     """
+    kept = vars(model).get("_lorafold_carriers")
+    if kept is None or kept[0] != _Registered.count:
+        kept = vars(model)["_lorafold_carriers"] = (_Registered.count, _walk(model))
+    return kept[1]
+
+
+class _Registered:
+    """How many modules have been put into others, or carriers taken off, in this process."""
+
+    count = 0
+
+    @classmethod
+    def another(cls, *_: Any) -> None:
+        cls.count += 1
+
+
+register_module_module_registration_hook(_Registered.another)
+
+
+def _walk(model: nn.Module) -> list[tuple[str, Carrier]]:
+    """By hand: with many adapters most modules are parts of these, and there is nothing in them to be found."""
     found: list[tuple[str, Carrier]] = []
     seen: set[AdaptedParameter] = set()  # a parameter with two names is one, under the first
     stack: list[tuple[str, nn.Module]] = [("", model)]
@@ -266,12 +288,12 @@ def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
         AdapterError: the model carries no adapter of such a name.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names or ())
-    found = [carrier for _, carrier in carriers(model)]
-    if not all(any(name in carrier.adapters._modules for carrier in found) for name in wanted):
+    found = [vars(carrier) for _, carrier in carriers(model)]  # past torch's slow attributes
+    held = [own["_modules"]["adapters"]._modules for own in found]
+    if not all(any(name in adapters for adapters in held) for name in wanted):
         refuse_unknown(model, wanted)
-    for carrier in found:
-        held = carrier.adapters._modules
-        vars(carrier)["active"] = tuple([name for name in wanted if name in held])  # past torch's slow __setattr__
+    for own, adapters in zip(found, held, strict=True):
+        own["active"] = wanted if all(map(adapters.__contains__, wanted)) else tuple(n for n in wanted if n in adapters)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -293,6 +315,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         carrier.active = tuple(other for other in carrier.active if other != name)
         if carrier.adapters:
             continue
+        _Registered.another()
         if isinstance(carrier, AdaptedLayer):
             model.set_submodule(path, carrier.base)
         else:

@@ -87,11 +87,13 @@ def write_adapter_folder(
 
 
 def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
-    """The spec an adapter folder states, and the whole configuration.
+    """The spec an adapter folder states, and the whole configuration; of MLX's only the base, as PEFT names it.
 
     Raises:
         AdapterError: no adapter lies there, or it uses what is not supported; all of it is named.
     """
+    if (folder / MLX_WEIGHTS).is_file():
+        return _mlx_spec(folder)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise AdapterError(f"{folder} is not an adapter folder: it lacks {' and '.join(missing)}")
@@ -118,11 +120,8 @@ def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> In
         AdapterError: the base weights differ from those it was trained on, or tensors are missing, unexpected or of
             the wrong shape; all faults are in one message and the model is left as it was.
     """
-    if (folder / MLX_WEIGHTS).is_file():
-        spec, config, tensors, header = _read_mlx(folder)
-    else:
-        spec, config = read_spec(folder)
-        tensors, header = _read_tensors(folder / WEIGHTS)
+    spec, config = read_spec(folder)
+    tensors, header = read_tensors(folder)
     faults = _base_faults(loaded, header)
     if spec.method == "qa-lora" and header.get("pooling_divisor") != POOLING:
         faults.append(f"its pooling divisor is {header.get('pooling_divisor')}, here it is {POOLING}")
@@ -216,8 +215,8 @@ def attach_tensors(
     return result
 
 
-def _read_mlx(folder: Path) -> tuple[AdapterSpec, dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """A LoRA adapter in MLX's layout, in the terms of PEFT's; see `export_mlx_adapter`."""
+def _mlx_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
+    """What the configuration of a LoRA adapter in MLX's layout says, in the terms of PEFT's."""
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind, options = values.get("fine_tune_type", "lora"), values["lora_parameters"]
@@ -229,13 +228,23 @@ def _read_mlx(folder: Path) -> tuple[AdapterSpec, dict[str, Any], dict[str, Tens
         raise AdapterError(f"{folder / CONFIG} is incomplete or impossible: {error!r}") from None
     if kind != "lora":
         raise AdapterError(f"{folder}: fine_tune_type {kind!r} is not supported yet (lora is)")
-    stored, header = _read_tensors(folder / MLX_WEIGHTS)
+    return spec, {"base_model_name_or_path": values.get("model")}  # as mlx_lm.lora writes it
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of an adapter folder, ours, PEFT's or MLX's, by PEFT's names, and the header of their file.
+
+    Raises:
+        AdapterError: the file is damaged.
+    """
+    if not (folder / MLX_WEIGHTS).is_file():
+        return _read_file(folder / WEIGHTS)
+    stored, header = _read_file(folder / MLX_WEIGHTS)
     parts = {".lora_a": ".lora_A.weight", ".lora_b": ".lora_B.weight"}
-    tensors = {f"{PREFIX}{key[:-7]}{parts.get(key[-7:], key[-7:])}": value.T for key, value in stored.items()}
-    return spec, {}, tensors, header
+    return {f"{PREFIX}{key[:-7]}{parts.get(key[-7:], key[-7:])}": value.T for key, value in stored.items()}, header
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

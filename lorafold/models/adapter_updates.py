@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorafold.adapters.lowrank import LowRank, padded
 from lorafold.adapters.targets import linear_layers
 from lorafold.config import FULL, METHODS, AdapterSpec
 from lorafold.errors import AdapterError, bullet_list
-from lorafold.models.adapter_files import POOLING, WEIGHTS, load_adapter, read_spec, write_adapter_folder
+from lorafold.models.adapter_files import POOLING, load_adapter, read_spec, read_tensors, write_adapter_folder
 from lorafold.models.exports import lora_pairs
 from lorafold.models.load import LoadedModel
 
@@ -62,7 +61,7 @@ class StoredAdapter:
 
 
 def read_updates(folder: Path) -> StoredAdapter:
-    """Read an adapter folder, ours or PEFT's.
+    """Read an adapter folder, ours, PEFT's or MLX's.
 
     Raises:
         AdapterError: it is none, uses what is not supported, or its tensors make no updates; all faults are named.
@@ -73,12 +72,7 @@ def read_updates(folder: Path) -> StoredAdapter:
             f"{folder} holds weights trained with --method {spec.method} and no adapter; lorafold fold makes a model "
             "of them, and lorafold adapters extract an adapter of that"
         )
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            header = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder / WEIGHTS} cannot be read: {error}") from None
+    tensors, header = read_tensors(folder)
     faults = [] if tensors else ["it holds no tensors"]
     if spec.method == "qa-lora" and header.get("pooling_divisor") != POOLING:
         faults.append(f"its pooling divisor is {header.get('pooling_divisor')}, here it is {POOLING}")

@@ -189,6 +189,7 @@ def export_mlx_adapter(loaded: LoadedModel, folder: Path, name: str = "default")
         tensors[f"{path}.lora_b"] = functional.pad(b.T.float() * scaling, (0, 0, 0, missing)).contiguous()
     config = {
         "fine_tune_type": "lora",
+        "model": str(loaded.path),
         "num_layers": loaded.model.config.num_hidden_layers,
         "lora_parameters": {
             "rank": rank,

@@ -172,7 +172,7 @@ def read_run(path: Path) -> Run:
 
 
 def read_trained(path: Path) -> Run:
-    """A run folder, or an adapter folder (combined, reduced, or PEFT's) as the run of a model that it names.
+    """A run folder, or an adapter folder (combined, reduced, PEFT's or MLX's) as the run of a model that it names.
 
     Raises:
         ConfigError, AdapterError: it is neither, or its files are damaged; all faults are named.

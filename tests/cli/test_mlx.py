@@ -19,13 +19,14 @@ from lorafold.adapters.inject import inject
 from lorafold.config import AdapterSpec
 from lorafold.evals.mlx_lm import MlxLm
 from lorafold.models.adapter_files import load_adapter
+from lorafold.models.adapter_updates import read_updates
 from lorafold.models.exports import export_mlx_adapter
 from lorafold.models.load import load
 from lorafold.models.mlx_folder import MLXFolder
 from lorafold.runs.fold import load_trained
 from lorafold.runs.folder import read_run
 from tests.cli.conftest import quick
-from tests.practice import command, lora_like, same_logits
+from tests.practice import command, lora_like, random_adapter, same_logits
 from tests.tiny import tiny_ids
 from tests.tiny_mlx import tiny_mlx
 
@@ -251,3 +252,49 @@ def test_lora_on_mlx_is_not_folded_unasked(made: Made, data: Path, tmp_path: Pat
     assert command("fold", tmp_path / "run", "-o", tmp_path / "out", "--to", "q4_1", "--lossy") == 2
     assert "leave --to out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_in_mlx_layout_are_combined_reduced_and_shown(made: Made, tmp_path: Path, capsys: Output) -> None:
+    """Made by mlx-lm's own layers, beside one of PEFT's layout; the result goes back and mlx-lm computes with it."""
+    base = made("llama 4 bit bf16")[0]
+    one, two, both, back = (tmp_path / name for name in ("one", "two", "both", "back"))
+    of_mlx_lm(base, one)
+    random_adapter(two, base, 1, 0.1, method="lora", r=3, target_modules=("q_proj", "v_proj"))
+    assert command("adapters", "combine", one, two, "--weights", 1, 0.5, "--union", "-o", both) == 0
+    assert command("adapters", "reduce", both, "--r", 7, "-o", tmp_path / "reduced") == 0  # 4 + 3: nothing is lost
+    assert command("adapters", "show", one) == 0
+    assert "mean of q_proj" in capsys.readouterr().out.replace("\n", "")
+    stored = {folder: read_updates(folder).updates for folder in (one, two, both, tmp_path / "reduced")}
+    for place, update in stored[both].items():
+        parts = [weight * stored[f][place].dense() for f, weight in ((one, 1.0), (two, 0.5)) if place in stored[f]]  # type: ignore[union-attr]
+        for found in (update, stored[tmp_path / "reduced"][place]):
+            torch.testing.assert_close(found.dense(), sum(parts), atol=1e-5, rtol=0)  # type: ignore[union-attr]
+    assert command("export", both, "--to", "mlx-adapter", "-o", back) == 0
+    assert command("adapters", "combine", back, "--weights", 1, "-o", tmp_path / "again") == 0
+    for place, update in read_updates(tmp_path / "again").updates.items():
+        torch.testing.assert_close(update.dense(), stored[both][place].dense(), atol=1e-6, rtol=0)  # type: ignore[union-attr]
+    ids = tiny_ids(30)
+    loaded = load(base)
+    load_adapter(loaded, both)
+    with torch.no_grad(), MlxLm(base, back) as runtime:
+        ((_, theirs),) = runtime.logits(ids[0].tolist())
+        assert np.sqrt(np.mean((loaded.model(ids).logits[0].numpy() - theirs) ** 2)) < 0.15  # as for the bare model
+
+
+def of_mlx_lm(base: Path, folder: Path) -> None:
+    """An adapter as mlx_lm.lora writes it, with random numbers."""
+    from mlx.utils import tree_flatten
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    options = {"rank": 4, "scale": 2.5, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.down_proj"]}
+    model = load_model(base)[0]
+    model.freeze()
+    linear_to_lora_layers(model, 2, options)
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    folder.mkdir()
+    mx.save_safetensors(
+        str(folder / "adapters.safetensors"), {k: 0.1 * mx.random.normal(v.shape) for k, v in trained.items()}
+    )
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": options, "model": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -85,7 +85,9 @@ def test_lora_is_merged_into_a_gguf_file(to: str, case: str, tiny_file: Files, t
     base, out = tiny_file("llama", "Q4_1"), tmp_path / "tuned.gguf"
     adapter = adapter_of(base, case, tmp_path, "lora")
     assert command("fold", adapter, "-o", out, "--to", to, "--lossy") == 0
-    same_logits(load(out).model, adapted(base, adapter).model, 1e-4 if to == "f32" else 0.5)  # 8 bits of 7 by 64 weights
+    same_logits(
+        load(out).model, adapted(base, adapter).model, 1e-4 if to == "f32" else 0.5
+    )  # 8 bits of 7 by 64 weights
     assert ("output.weight" in tensors_of(out)) == (case != "shared")
 
 
@@ -146,5 +148,7 @@ def test_what_no_runtime_can_apply_is_not_exported(
     """Of a tied embedding llama.cpp's adapter would be looked up for the head as well; mlx-lm has no head there."""
     adapter = adapter_of(tiny_file("llama", "Q4_1"), case, tmp_path, method)
     assert command("export", adapter, "--to", "gguf-adapter", "-o", tmp_path / "adapter.gguf") == 2
-    assert ("model.embed_tokens: QuantEmbedding" if case != "head" else "no layer of that name") in capsys.readouterr().err
+    assert (
+        "model.embed_tokens: QuantEmbedding" if case != "head" else "no layer of that name"
+    ) in capsys.readouterr().err
     assert not (tmp_path / "adapter.gguf").exists()
