@@ -103,31 +103,10 @@ Carrier = AdaptedLayer | AdaptedParameter
 
 
 def carriers(model: nn.Module) -> list[tuple[str, Carrier]]:
-    """(name of the layer or parameter, what carries its adapters), in model order; not to be changed.
+    """(name of the layer or parameter, what carries its adapters), in model order.
 
-    Found once, and again after any module has been put anywhere: a switch of the adapter is to be quick.
+    Walks by hand: with many adapters most modules are parts of these, and there is nothing in them to be found.
     """
-    kept = vars(model).get("_lorafold_carriers")
-    if kept is None or kept[0] != _Registered.count:
-        kept = vars(model)["_lorafold_carriers"] = (_Registered.count, _walk(model))
-    return kept[1]
-
-
-class _Registered:
-    """How many modules have been put into others, or carriers taken off, in this process."""
-
-    count = 0
-
-    @classmethod
-    def another(cls, *_: Any) -> None:
-        cls.count += 1
-
-
-register_module_module_registration_hook(_Registered.another)
-
-
-def _walk(model: nn.Module) -> list[tuple[str, Carrier]]:
-    """By hand: with many adapters most modules are parts of these, and there is nothing in them to be found."""
     found: list[tuple[str, Carrier]] = []
     seen: set[AdaptedParameter] = set()  # a parameter with two names is one, under the first
     stack: list[tuple[str, nn.Module]] = [("", model)]
@@ -281,6 +260,30 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for _, carrier in carriers(model) for name in carrier.adapters))
 
 
+class _Placed:
+    """How often a module was put into another in this process."""
+
+    count = 0
+
+    @classmethod
+    def once_more(cls, *_: Any) -> None:
+        cls.count += 1
+
+
+register_module_module_registration_hook(_Placed.once_more)
+
+
+def _kept_carriers(model: nn.Module) -> list[Carrier]:
+    """The carriers, kept until a module is put anywhere, so that a switch needs no walk.
+
+    What was taken out of the model meanwhile is among them still, and may be switched.
+    """
+    kept = vars(model).get("_lorafold_carriers")
+    if kept is None or kept[0] != _Placed.count:
+        kept = vars(model)["_lorafold_carriers"] = (_Placed.count, [carrier for _, carrier in carriers(model)])
+    return kept[1]
+
+
 def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
     """Let one adapter, or the sum of several, take part; with None the bare base.
 
@@ -288,12 +291,12 @@ def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
         AdapterError: the model carries no adapter of such a name.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names or ())
-    found = [vars(carrier) for _, carrier in carriers(model)]  # past torch's slow attributes
+    found = [vars(carrier) for carrier in _kept_carriers(model)]  # past torch's slow ways to attributes
     held = [own["_modules"]["adapters"]._modules for own in found]
     if not all(any(name in adapters for adapters in held) for name in wanted):
         refuse_unknown(model, wanted)
     for own, adapters in zip(found, held, strict=True):
-        own["active"] = wanted if all(map(adapters.__contains__, wanted)) else tuple(n for n in wanted if n in adapters)
+        own["active"] = tuple([name for name in wanted if name in adapters])
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -315,7 +318,6 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         carrier.active = tuple(other for other in carrier.active if other != name)
         if carrier.adapters:
             continue
-        _Registered.another()
         if isinstance(carrier, AdaptedLayer):
             model.set_submodule(path, carrier.base)
         else:

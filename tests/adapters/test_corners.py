@@ -300,3 +300,24 @@ def test_a_state_dict_holds_where_an_adapter_began(start: str) -> None:
             adapter.start_A.zero_()  # type: ignore[union-attr]
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(x), model(x))
+
+
+def test_a_switch_reaches_what_was_put_in_since_the_last_one() -> None:
+    """And each of two copies its own layers."""
+    model, part = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+    for one in (model, part):
+        adapt(one, lora("0"), "a")
+        spread(one, "a")
+        set_active(one, "a")
+    twin = copy.deepcopy(model)
+    set_active(twin, None)
+    assert [one.active for m in (model, twin) for _, one in carriers(m)] == [("a",), ()]
+    model.append(part)
+    set_active(model, None)
+    assert [c.active for _, c in carriers(model)] == [(), ()]
+    set_active(model, "a")
+    assert [c.active for _, c in carriers(model)] == [("a",), ("a",)]
+    assert [c.active for _, c in carriers(twin)] == [()]
+    model[0] = nn.Linear(4, 4)
+    adapt(model, lora("0"), "b")
+    assert [c.active for _, c in carriers(model)] == [("b",), ("b",)]

@@ -207,7 +207,7 @@ def test_what_cannot_be_shared_is_refused(folder: Path) -> None:
 def test_offsets_and_scales_of_both_uses_have_the_gradients_of_one_dense_weight(
     adapt: str, tiny_file: Callable[..., Path]
 ) -> None:
-    """The oracle is transformers' own tied weight: dOffset is its gradient summed over groups, of both uses together."""
+    """The oracle is transformers' own tied weight: dOffset is its gradient, of both uses, summed over groups."""
     loaded, dense, ids = load(tiny_file("gemma3", "Q4_1")), tiny_model("gemma3", "Q4_1"), tiny_ids(12)
     spec = AdapterSpec("qa-lora", r="full", target_modules=("embed_tokens",), adapt=adapt, ensure_weight_tying=True)
     adapt_result = inject(loaded.model, spec)
