@@ -204,8 +204,13 @@ def _add_head(folder: Path, base: MLXFolder, parts: dict[str, Tensor], embedding
             new[f"{head}.{part}"] = numbers.reshape(stored.shape)
     save_tensors(folder / HEAD_FILE, new, {"format": "mlx"})
     untie_folder(folder, dict.fromkeys(new, HEAD_FILE))
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (folder / CONFIG).write_text(json.dumps(config_apart(base.path, embedding, head), indent=2), encoding="utf-8")
+
+
+def config_apart(path: Path, embedding: str, head: str) -> dict[str, Any]:
+    """config.json of a folder, as it is when the head has tensors of its own, quantized like the embedding."""
+    config = json.loads((path / CONFIG).read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
     for key in ("quantization", "quantization_config"):
         if embedding in config.get(key, {}):
             config[key][head] = config[key][embedding]
-    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return config

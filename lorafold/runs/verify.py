@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lorafold.models.exports import export_gguf_adapter, export_mlx_adapter
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.gguf_write import file_order
 from lorafold.models.load import HEAD_TENSOR, LoadedModel, binding_of, load, resolve
-from lorafold.models.mlx_folder import HEAD_FILE, MLXFolder, is_mlx
+from lorafold.models.mlx_folder import HEAD_FILE, MLXFolder, config_apart, is_mlx
 from lorafold.models.tensors import UNTIED
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import steps_apart
@@ -106,6 +107,7 @@ def _verify_mlx(path: Path, trained: LoadedModel, adapt: str) -> list[Check]:
     differing = [name for name in sorted(others) if not _same_bytes(base.path / name, path / name)]
     if apart is not None:
         differing = [name for name in differing if name not in UNTIED]
+        checks.append(_own_mlx_head(base, file, own_head, apart))
     return [
         *checks,
         _trained_weights(trained, path),
@@ -113,6 +115,15 @@ def _verify_mlx(path: Path, trained: LoadedModel, adapt: str) -> list[Check]:
         Check("untouched tensors: same sha256", not changed, f"{len(same)} tensors, {changed} changed"),
         Check("config and tokenizer: same bytes", not differing, ", ".join(differing) or f"{len(others)} files"),
     ]
+
+
+def _own_mlx_head(base: MLXFolder, file: MLXFolder, added: Collection[str], apart: tuple[str, str]) -> Check:
+    """The head's tensors are those of the base's embedding but for what was trained, and config.json says so."""
+    changed = [name for name in added if _sha(file.raw(name)) != _sha(base.raw(name.replace(*reversed(apart), 1)))]
+    config = json.loads((file.path / "config.json").read_text(encoding="utf-8"))
+    codes = [name for name in changed if name.endswith(".weight")]
+    detail = ", ".join(changed) or f"the bytes of {apart[0]}"
+    return Check("head with tensors of its own", config == config_apart(base.path, *apart) and not codes, detail)
 
 
 def _same_bytes(a: Path, b: Path) -> bool:

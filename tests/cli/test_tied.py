@@ -17,7 +17,7 @@ from lorafold.adapters.tied import tied_pair
 from lorafold.evals.llama_cpp import LlamaCpp
 from lorafold.models.adapter_files import load_adapter, read_spec, save_adapter
 from lorafold.models.load import LoadedModel, load
-from tests.cli.conftest import needs_llama_cpp
+from tests.cli.conftest import needs_llama_cpp, quick
 from tests.practice import command, random_adapter, same_logits, tensors_of, tiny_folder
 from tests.tiny import tiny_ids
 from tests.tiny_mlx import tiny_mlx
@@ -137,6 +137,9 @@ def test_mlx_lm_computes_what_was_folded(method: str, case: str, tmp_path: Path,
         assert np.sqrt(np.mean((folded(ids).logits[0].numpy() - theirs) ** 2)) < 1e-5
     if method == "qa-lora":
         assert command("verify", out, "--run", adapter, "--no-runtime") == 0
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+        assert command("verify", out, "--run", adapter, "--no-runtime") == 1
         assert command("verify", base, "--run", adapter, "--no-runtime") == 1
 
 
@@ -152,3 +155,27 @@ def test_what_no_runtime_can_apply_is_not_exported(
         "model.embed_tokens: QuantEmbedding" if case != "head" else "no layer of that name"
     ) in capsys.readouterr().err
     assert not (tmp_path / "adapter.gguf").exists()
+
+
+@by_case
+def test_lora_on_4_bits_is_merged_into_a_folder(case: str, tmp_path: Path) -> None:
+    """Embedding and head of such a folder are plain numbers; its rows divide into blocks of 64."""
+    source, base, out = tiny_folder(tmp_path / "source", wide=True), tmp_path / "base", tmp_path / "tuned"
+    assert command("quantize", source, "-o", base, "--format", "nf4") == 0
+    adapter = adapter_of(base, case, tmp_path, "lora")
+    assert command("fold", adapter, "-o", out, "--to", "f32") == 0
+    tuned = AutoModelForCausalLM.from_pretrained(out)
+    same_logits(tuned, adapted(base, adapter).model, 1e-4)
+    assert tuned.config.tie_word_embeddings == (case == "shared")
+
+
+@by_case
+@pytest.mark.parametrize("method", ["qa-lora", "lora"])
+def test_a_run_trains_what_is_named(method: str, case: str, tiny_file: Files, data: Path, tmp_path: Path) -> None:
+    name, shared = CASES[case]
+    line = ["--target-modules", name, "--method", method, *(["--ensure-weight-tying"] if shared else [])]
+    run = tmp_path / "run"
+    assert command("train", tiny_file("llama", "Q4_1"), "--data", data, "--output-dir", run, *quick(*line)) == 0
+    figures = json.loads((run / "summary.json").read_text())
+    assert figures["eval_loss_after"] < figures["eval_loss_before"]
+    assert read_spec(run / "adapter")[0].ensure_weight_tying == shared
