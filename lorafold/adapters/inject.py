@@ -98,6 +98,8 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
     check_name(model, name, (*targets, *parameters, *whole))
     if spec.init_lora_weights == "eva":
         raise AdapterError("init_lora_weights eva begins with what layers see of rows, which lorafold train gives them")
+    if spec.target_r is not None:
+        raise AdapterError("target_r moves ranks while training, which lorafold train does")
     if spec.method == "qa-lora":  # last of what may refuse, since it changes the base
         result.promoted = prepare_group_bases(linear_layers(model), targets, spec)
     made: dict[str, nn.Module] = {}
