@@ -24,7 +24,6 @@ from lorafold.models.adapter_files import save_adapter
 from lorafold.models.load import LoadedModel, compute_dtype, load
 from lorafold.runs.blocks import find_blocks
 from lorafold.runs.display import Display, training_note
-from lorafold.runs.eva import inject_for
 from lorafold.runs.folder import (
     ADAPTER,
     SAMPLES,
@@ -35,6 +34,7 @@ from lorafold.runs.folder import (
     lines_of,
     read_run,
 )
+from lorafold.runs.from_adapter import adapt_for, adopted
 from lorafold.runs.prepare import PreparedData, prepare
 from lorafold.runs.report import write_report
 from lorafold.runs.resume import Left, check_same_learning, left_of, sweep
@@ -78,7 +78,7 @@ def start_worker(config: RunConfig, display: Display, resume: bool = False) -> R
 def _start(config: RunConfig, display: Display, resume: bool, workers: Workers) -> Run | None:
     began = time.perf_counter()
     restart_peak()
-    config = config.resolved()
+    config = adopted(config).resolved()
     with workers.together():
         left = left_of(config, workers.count) if resume else None
         if left is None and workers.first:
@@ -120,8 +120,9 @@ def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) 
     rows = data.train.rows
     check_same_learning(left, train_rows=len(rows), data_sha256=data.fingerprint, dtype=_name(loaded.dtype))
     seeded(config.training.seed)
-    injection = inject_for(loaded, config.adapter.begun, rows)
-    display.say(f"adapter: {config.adapter.label}, {injection.describe()}")
+    injection = adapt_for(loaded, config, rows, left.checkpoint)
+    begun = "" if config.from_adapter is None else f" from {config.from_adapter}"
+    display.say(f"adapter: {config.adapter.label}{begun}, {injection.describe()}")
     if config.training.shard_base:
         base = ShardedBase([block for _, block in find_blocks(loaded.model)], workers, device)
         nn.Module.to(loaded.model, device)
