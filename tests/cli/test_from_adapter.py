@@ -157,7 +157,7 @@ def test_what_no_run_begins_from(
     train: Callable[..., str], refused: Callable[..., str], data: Path, tmp_path: Path, base: Path
 ) -> None:
     assert "is not an adapter folder" in train("--from-adapter", tmp_path / "none")
-    folder = tiny_folder(tmp_path / "model")
+    folder = tiny_folder(tmp_path / "model", tied=False)
     line = ("train", folder, "--data", data, *quick("--method", "head", "--max-steps", 2))
     assert command(*line, "--output-dir", tmp_path / "head") == 0
     assert "--method head, and no adapter: fold it" in train("--from-adapter", tmp_path / "head", model=folder)
