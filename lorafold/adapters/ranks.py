@@ -4,11 +4,11 @@ A rank is one row of A with its column of B. Of every weight w with gradient g t
 
     sensitivity  I <- beta1 I + (1 - beta1) |w g|,    uncertainty  U <- beta2 U + (1 - beta2) | |w g| - I |
 
-A rank's importance is I U of its singular value plus the means of I U over its row of A and its column of B (equation
-12 there). The paper trains P diag(E) Q; here are A and B alone, so that the result is a plain LoRA, and what stands for
-w g of E is its value for any such split: dL/dE E = <a, dL/da> = <b, dL/db>. Of the ranks of all layers the most
-important keep their column of B, and those of the others become zero, from where they may grow again until the last
-decision. Names and schedule are those of PEFT's AdaLoRA.
+A rank's importance is I U of its singular value plus the means of I U over its row of A and its column of B. The paper
+trains P diag(E) Q; here are A and B alone, so that the result is a plain LoRA, and for w g of a singular value e stands
+what it is in any such split: e dL/de = <a, dL/da> = <b, dL/db>. Of the ranks of all layers the most important keep
+their column of B, and those of the others become zero, from where they may grow again until the last decision. Names
+and schedule are those of PEFT's AdaLoRA; its orthogonal regularization is left out: no vectors here are singular.
 """
 
 # r rank, I input features, O output features

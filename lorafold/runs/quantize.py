@@ -195,9 +195,11 @@ def _report(
 
 def _refuse_rank(model: nn.Module, r: int | None) -> None:
     """Refuse a rank of LoftQ that a layer does not have."""
+    if r is None:
+        return
     layers = [x for _, block in find_blocks(model) for x in linear_layers(block).values()]
     smallest = min(min(layer.out_features, layer.in_features) for layer in layers)
-    if r is not None and r > smallest:
+    if r > smallest:
         raise FormatError(f"loftq_r is {r}, and the smallest matrix of this model has a rank of {smallest}")
 
 
