@@ -151,7 +151,7 @@ def test_it_goes_on_where_it_stopped(
         (("--loftq-r", 4, "--data"), "data is for calibration, which loftq_r does not need"),
         (("--loftq-r", 0, "--loftq-steps", 0), "loftq_steps is 0; it must be positive"),
         (("--loftq-steps", 3), "give its rank as well, loftq_r"),
-        (("--loftq-r", 500), "has a rank of 128"),
+        (("--loftq-r", 500), "has a rank of 32"),
     ],
 )
 def test_refusals(
