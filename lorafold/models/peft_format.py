@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorafold.adapters.adapted import AdaptedLayer, carriers, parameter_names, plain_modules, plain_parameter
 from lorafold.adapters.lora import LoRA, VeRA
@@ -35,6 +36,7 @@ TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
 }
+FEATURES = "FEATURE_EXTRACTION"
 KINDS = {
     "LORA": "lora",
     "QA_LORA": "qa-lora",
@@ -138,7 +140,7 @@ def stored_config(model: nn.Module, spec: AdapterSpec, name: str) -> dict[str, A
     """adapter_config.json but for what is known of the base; ranks and scalings are those that the layers have."""
     held = {path: carrier.adapters[name] for path, carrier in carriers(model) if name in carrier.adapters}
     kind = next(key for key, method in KINDS.items() if method == spec.method)
-    task = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
+    task = _task_of(model)
     if METHODS[spec.method].whole:
         own = {"layers": spec.layers, "modules_to_save": list(spec.modules_to_save)}
         return {"peft_type": kind, "task_type": task} | {k: own[k] for k in METHODS[spec.method].options}
@@ -168,6 +170,13 @@ def stored_config(model: nn.Module, spec: AdapterSpec, name: str) -> dict[str, A
     attention = [p for path, a in held.items() if isinstance(a, ParameterLoRA) if (p := _attention_name(model, path))]
     config["target_modules"] += [path for path in attention if not path.endswith(".base_layer.out_proj")]
     return config | _ranks(spec, held)
+
+
+def _task_of(model: nn.Module) -> str | None:
+    """What PEFT calls the task of a model: a model without a head that reads tokens gives features."""
+    if isinstance(model, PreTrainedModel) and model.base_model is model and model.main_input_name == "input_ids":
+        return FEATURES
+    return next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
 
 
 def _whole_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:

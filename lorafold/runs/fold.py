@@ -27,9 +27,10 @@ from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.adapters.targets import linear_layers
 from lorafold.errors import FoldError, bullet_list
 from lorafold.files import replacing_folder, size_on_disk
-from lorafold.models.adapter_files import load_adapter
+from lorafold.models.adapter_files import MLX_WEIGHTS, load_adapter
 from lorafold.models.bnb_folder import create_bnb
-from lorafold.models.classifier import adapter_labels, load_classifier, save_classifier, stored_type
+from lorafold.models.classifier import adapter_labels, adapter_task, load_classifier, save_classifier, stored_type
+from lorafold.models.encoder import load_encoder
 from lorafold.models.gguf_file import DENSE
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import LoadedModel, load
@@ -81,13 +82,19 @@ class FoldReport:
 
 
 def load_trained(run: Run, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
-    """The base model with the run's adapter active; of a classification run with the head it trained.
+    """The base model with the run's adapter active, and with the head that the run trained, if it trained one.
 
     Raises:
         FormatError, AdapterError: the base is gone, or its weights are not those of the run.
     """
     labels, model = adapter_labels(run.adapter), run.config.model
-    loaded = load(model, dtype, device) if labels is None else load_classifier(model, labels, dtype, device)
+    task = None if (run.adapter / MLX_WEIGHTS).is_file() else adapter_task(run.adapter)
+    if task == "embedding":
+        loaded = load_encoder(model, dtype, device)
+    elif labels is not None and task is not None:
+        loaded = load_classifier(model, labels, dtype, device, task)
+    else:
+        loaded = load(model, dtype, device)
     load_adapter(loaded, run.adapter)
     return loaded
 
@@ -306,16 +313,21 @@ def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -
         for path, carrier in carriers(loaded.model)
     }
     kept: list[float] = []
+    prefix = f"{loaded.model.base_model_prefix}."  # the folder of a model with a head, loaded without it
     with replacing_folder(path) as temporary:
         for source in sorted(loaded.path.iterdir()):
             if source.is_file() and source.suffix != ".safetensors":
                 (temporary / source.name).write_bytes(source.read_bytes())
+        for source in sorted(loaded.path.glob("[0-9]_*/config.json")):  # how sentence-transformers pools
+            (temporary / source.parent.name).mkdir()
+            (temporary / source.parent.name / source.name).write_bytes(source.read_bytes())
         for source in sorted(loaded.path.glob("*.safetensors")):
             with safe_open(source, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 header = file.metadata()
-            for key in tensors.keys() & merges.keys():
-                before, wanted = _before_and_after(loaded.model, *merges.pop(key))
+            names = {key: key.removeprefix("" if key in merges else prefix) for key in tensors}
+            for key in (key for key, name in names.items() if name in merges):
+                before, wanted = _before_and_after(loaded.model, *merges.pop(names[key]))
                 tensors[key] = wanted.to(DENSE_TYPES[to] if to else tensors[key].dtype)
                 kept.append(kept_fraction(tensors[key].float() - before, wanted - before))
             save_tensors(temporary / source.name, tensors, header)

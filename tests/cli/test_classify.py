@@ -19,7 +19,7 @@ from lorafold.data.labels import Labelled
 from lorafold.models.classifier import load_classifier
 from lorafold.runs.fold import load_trained
 from lorafold.runs.folder import read_run
-from lorafold.train.classify import logits_of_rows
+from lorafold.train.objectives import logits_of_rows
 from tests.practice import command, tiny_folder
 from tests.tiny import tiny_gguf, tiny_model
 from tests.tiny_classifier import labelled_rows, tiny_bert, write_rows
