@@ -46,11 +46,9 @@ def train(
     del config  # expanded before parsing
     wanted = RunConfig(model, output_dir, data, adapter, training, task)
     if not task.continues:
-        if resume or workers_of(os.environ):
-            raise ConfigError(
-                f"a run of --task {task.task} is one process from its beginning to its end: no resume, no torchrun"
-            )
-        run = fine_tune(wanted, Display())
+        if workers_of(os.environ):
+            raise ConfigError(f"a run of --task {task.task} is one process: start it without torchrun")
+        run = fine_tune(wanted, Display(), resume)
     else:
         run = start_worker(wanted, Display(), resume)
     if run is None:  # the first worker speaks for all

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lorafold.adapters.inject import Injection, inject
-from lorafold.config import METHODS, RunConfig
+from lorafold.config import METHODS, AdapterSpec, RunConfig
 from lorafold.errors import ConfigError, TrainingError, bullet_list
 from lorafold.evals.figures import Figures
 from lorafold.models.adapter_files import save_adapter
 from lorafold.models.classifier import LABELS, is_quantized
 from lorafold.models.load import LoadedModel, compute_dtype
 from lorafold.runs.display import Display, training_note
-from lorafold.runs.folder import ADAPTER, Run, RunFolder, check_folder, read_run
+from lorafold.runs.folder import ADAPTER, Run, RunFolder, check_folder, checkpoint_folder, read_run
 from lorafold.runs.raw_rows import RawRows, read_raw
 from lorafold.runs.report import write_report
-from lorafold.runs.start import pick_device, seeded
+from lorafold.runs.resume import Left, check_same_learning, left_of
+from lorafold.runs.start import open_folder, pick_device, seeded
 from lorafold.runs.task_report import task_report
 from lorafold.runs.tasks import Task, Tokenized, task_of
+from lorafold.train.budget import Plan
+from lorafold.train.checkpoint import State, restore_training, save_checkpoint
 from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, make_optimizer, rows_per_step, total_steps
 from lorafold.train.memory import peak_bytes, restart_peak
 from lorafold.train.objectives import evaluate_rows
@@ -35,14 +38,15 @@ _MEANINGLESS = (
     "supervise",
     "memory",
     "shared_prefix_tokens",
-    "save_steps",
-    "save_total_limit",
     "shard_base",
 )
 
 
-def fine_tune(config: RunConfig, display: Display) -> Run:
+def fine_tune(config: RunConfig, display: Display, resume: bool = False) -> Run:
     """Train a model for a task as configured and write the run folder.
+
+    Args:
+        resume: go on with the run in the output folder from its last checkpoint, or begin it where there is none.
 
     Raises:
         LoraFoldError: something in the input is wrong (nothing is written then), or training cannot go on (the run
@@ -53,10 +57,15 @@ def fine_tune(config: RunConfig, display: Display) -> Run:
     task = task_of(config.task)
     _refuse_meaningless(config, task)
     config = config.resolved()
-    check_folder(config.output_dir)
-    session = _prepare(config, task, display)
-    summary = session.run()
-    session.folder.summary({**summary, "wall_seconds": time.perf_counter() - began})
+    left = left_of(config) if resume else None
+    if left is None:
+        check_folder(config.output_dir)
+    if left is None or not left.finished:
+        session = _prepare(config, task, display, left)
+        summary = session.run()
+        session.folder.summary({**summary, "wall_seconds": time.perf_counter() - began})
+    else:
+        display.say(f"{config.output_dir} holds a finished run: nothing is left to do")
     run = read_run(config.output_dir)
     display.say(f"report: {write_report(run, task_report(run))}")
     return run
@@ -78,7 +87,7 @@ def _refuse_meaningless(config: RunConfig, task: Task) -> None:
         raise ConfigError(faults[0] if len(faults) == 1 else "several options are wrong:\n" + bullet_list(faults))
 
 
-def _prepare(config: RunConfig, task: Task, display: Display) -> _Session:
+def _prepare(config: RunConfig, task: Task, display: Display, left: Left | None) -> _Session:
     """Rows, model and adapter; the run folder is made last."""
     training = config.training
     device = pick_device(training.device)
@@ -89,23 +98,33 @@ def _prepare(config: RunConfig, task: Task, display: Display) -> _Session:
     display.say(f"model: {loaded.path.name} in {_name(loaded.dtype)} on {device}")
     train = task.tokenized(raw.train, loaded, config.data.max_length, "the training rows")
     held_out = task.tokenized(raw.held_out, loaded, config.data.max_length, "the held-out rows")
+    now = {"train_rows": len(train.rows), "data_sha256": raw.fingerprint, "dtype": _name(loaded.dtype)}
+    check_same_learning(left or Left(), **now)
     display.say(f"training data: {train.described}")
     display.say(f"held-out data: {held_out.described}")
-    if "modules_to_save" in METHODS[config.adapter.method].options:  # full trains everything
-        config = replace(config, adapter=task.whole_too(config.adapter, loaded))
-    injection = inject(loaded.model, config.adapter)
-    display.say(f"training: {config.adapter.label}, {injection.describe()}")
+    spec = config.adapter
+    if "modules_to_save" in METHODS[spec.method].options:  # full trains everything
+        spec = task.whole_too(spec, loaded)
+    injection = inject(loaded.model, spec)
+    display.say(f"training: {spec.label}, {injection.describe()}")
     optimizer = make_optimizer(loaded, training)
-    folder = RunFolder(config.output_dir)
-    folder.config(config)
-    return _Session(config, task, display, loaded, raw, train, held_out, injection, optimizer, folder)
+    folder = open_folder(config, left)
+    return _Session(
+        config, spec, task, display, loaded, raw, train, held_out, injection, optimizer, folder, left or Left()
+    )
 
 
 @dataclass
 class _Session:
-    """A run with everything in memory that it needs."""
+    """A run with everything in memory that it needs.
+
+    Attributes:
+        spec: what is trained; that of the configuration, and what is new in the model.
+        left: what an earlier process has done of it.
+    """
 
     config: RunConfig
+    spec: AdapterSpec
     task: Task
     display: Display
     loaded: LoadedModel
@@ -115,13 +134,17 @@ class _Session:
     injection: Injection
     optimizer: torch.optim.Optimizer
     folder: RunFolder
+    left: Left
     steps: list[Step] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        lines = map(json.loads, self.left.metrics)
+        self.steps = [Step(**values) for values in lines if "loss" in values]
 
     def run(self) -> dict[str, Any]:
         """Evaluate, train, evaluate; the figures for `summary.json`."""
         try:
-            before = self._evaluate(0)
-            self.display.say(f"held-out rows before: {before.describe()}")
+            before = self._before()
             self._train()
             self._save()
             after = self._evaluate(len(self.steps))
@@ -130,25 +153,39 @@ class _Session:
             self.folder.close()
         return {**before.to_dict("before"), **after.to_dict("after"), **self._figures()}
 
-    def _evaluate(self, step: int) -> Figures:
+    def _before(self) -> Figures:
+        """The figures before the first step; a run that goes on takes up its checkpoint afterwards."""
+        before = self._evaluate(0, known=bool(self.left.metrics))
+        self.display.say(f"held-out rows before: {before.describe()}")
+        if self.left.checkpoint is not None:
+            restore_training(self.left.checkpoint, self.loaded, self.optimizer)
+            self.display.say(f"resumed from {self.left.checkpoint}")
+        return before
+
+    def _evaluate(self, step: int, known: bool = False) -> Figures:
+        """Figures of the held-out rows, which are noted where they are not known yet."""
         rows, most = self.held_out.rows, self.config.training.micro_batch_tokens or MICRO_BATCH_TOKENS
         with self.display.bar("evaluating", len(rows)) as advance:
             found = evaluate_rows(self.task.objective, self.loaded, rows, most, advance)
-        self.folder.metric(step=step, eval_loss=found.loss, **found.values())
+        if not known:
+            self.folder.metric(step=step, eval_loss=found.loss, **found.values())
         return found
 
     def _train(self) -> None:
-        training, rows = self.config.training, self.train.rows
+        training, rows, done = self.config.training, self.train.rows, len(self.steps)
         total = total_steps(len(rows), training)
-        running = train_rows(self.task.objective, self.loaded, rows, training, self.optimizer)
+        running = train_rows(self.task.objective, self.loaded, rows, training, self.optimizer, done)
         try:
             with self.display.bar("training", total) as advance:
+                advance(done)
                 for step in running:
                     self.steps.append(step)
                     self.folder.metric(**step.__dict__)
                     advance(1, training_note(step.loss, step.tokens / step.seconds))
                     if training.eval_steps and step.step % training.eval_steps == 0 and step.step < total:
                         self.display.say(f"step {step.step}: {self._evaluate(step.step).describe()}")
+                    if training.save_steps and step.step % training.save_steps == 0:
+                        self._save_checkpoint(step.step)
         except BaseException as error:  # Ctrl-C and the like too: what was learned so far is kept
             if not self.steps:
                 raise
@@ -157,12 +194,32 @@ class _Session:
             kept = f"{where} holds what was learned until step {len(self.steps)} of {total}"
             if isinstance(error, TrainingError):
                 raise TrainingError(f"{error}. {kept}. A lower learning_rate is the usual cure.") from error
-            self.display.say(f"stopped: {kept}")
+            again = "; --resume goes on from the last checkpoint" if training.save_steps else ""
+            self.display.say(f"stopped: {kept}{again}")
             raise
 
     def _save(self) -> None:
-        notes = {LABELS: json.dumps(self.task.labels)} if self.task.labels else None
-        save_adapter(self.config.output_dir / ADAPTER, self.loaded, self.config.adapter, notes=notes)
+        save_adapter(self.config.output_dir / ADAPTER, self.loaded, self.spec, notes=self._notes)
+
+    @property
+    def _notes(self) -> dict[str, str]:
+        return {LABELS: json.dumps(self.task.labels)} if self.task.labels else {}
+
+    def _save_checkpoint(self, step: int) -> None:
+        training = self.config.training
+        state = State(
+            step=step,
+            metrics=self.folder.lines,
+            rows_per_step=rows_per_step(training),
+            train_rows=len(self.train.rows),
+            data_sha256=self.raw.fingerprint,
+            dtype=_name(self.loaded.dtype),
+            plan=Plan(training.micro_batch_tokens or MICRO_BATCH_TOKENS, training.gradient_checkpointing),
+        )
+        path = checkpoint_folder(self.folder.path, step)
+        save_checkpoint(path, self.loaded, self.spec, self.optimizer, state, self._notes)
+        if training.save_total_limit:
+            self.folder.keep_checkpoints(training.save_total_limit)
 
     def _figures(self) -> dict[str, Any]:
         steps = self.steps
@@ -175,6 +232,7 @@ class _Session:
             "peak_memory_bytes": peak_bytes(),
             "train_seconds": seconds,
             "steps": len(steps),
+            "resumed_from": self.left.step,
             "rows_per_step": rows_per_step(self.config.training),
             "train_rows": len(self.train.rows),
             "eval_rows": len(self.held_out.rows),

@@ -218,7 +218,6 @@ BAD: dict[str, tuple[list[object], list[str]]] = {
     "text": (["--text", "{title}"], ["text means nothing to --task token-classification"]),
     "qa-lora": (["--method", "qa-lora"], ["--method lora"]),
     "too short": (["--max-length", "2"], ["no word of the training rows", "--max-length"]),
-    "resume": (["--resume"], ["no resume"]),
 }
 
 
