@@ -135,7 +135,7 @@ def adapter_labels(folder: Path, task: str | None = None) -> list[str] | None:
     Raises:
         AdapterError: its files cannot be read.
     """
-    if not (folder / WEIGHTS).is_file() or (task is not None and adapter_task(folder) != task):
+    if not (folder / WEIGHTS).is_file() or task not in (None, adapter_task(folder)):
         return None
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
@@ -151,6 +151,8 @@ def adapter_task(folder: Path) -> str | None:
     Raises:
         AdapterError: it cannot be read.
     """
+    if not (folder / CONFIG).is_file():
+        return None
     names = {"SEQ_CLS": "classification", "TOKEN_CLS": "token-classification", FEATURES: "embedding"}
     try:
         return names.get(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("task_type"))

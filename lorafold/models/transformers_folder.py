@@ -64,6 +64,7 @@ def load_folder(
         if hasattr(config, key):
             setattr(config, key, 0.0)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # of a head for other labels; all others are named below
     reported = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers lists what is new, which is what is wanted here
     try:
@@ -73,7 +74,7 @@ def load_folder(
         raise FormatError(f"transformers cannot load {path} with {kind.__name__}: {error}") from error
     finally:
         logging.set_verbosity(reported)
-    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     lacking = [name for name in absent if not may_be_new(made, name)]
     if lacking:
         raise FormatError(f"{path} lacks weights, or has them in other shapes: {', '.join(lacking[:10])}")
@@ -92,16 +93,15 @@ def _see_to_padding(model: Any, tokenizer: Any, path: Path) -> None:
 
 
 def positions(loaded: LoadedModel) -> int:
-    """Longest row that the model has positions for; 0 if its configuration does not say.
-
-    Where the position table has a row for padding, rows begin after it (RoBERTa, MPNet).
-    """
-    most = getattr(loaded.model.config, "max_position_embeddings", None) or 0
-    tables = (m for n, m in loaded.model.named_modules() if n.endswith("position_embeddings"))
-    first = next((m.padding_idx + 1 for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None), 0)
-    return max(most - first, 0)
+    """How many positions the model has; 0 if its configuration does not say."""
+    return getattr(loaded.model.config, "max_position_embeddings", None) or 0
 
 
 def longest_row(loaded: LoadedModel, max_length: int) -> int:
-    """`max_length`, or what the model has positions for if that is less."""
-    return min(max_length, positions(loaded) or max_length)
+    """`max_length`, or what the model has positions for if that is less.
+
+    Where the table of positions has a row for padding, rows begin after it (RoBERTa, MPNet).
+    """
+    tables = (m for n, m in loaded.model.named_modules() if n.endswith("position_embeddings"))
+    first = next((m.padding_idx + 1 for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None), 0)
+    return min(max_length, max(positions(loaded) - first, 0) or max_length)

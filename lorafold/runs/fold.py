@@ -27,7 +27,7 @@ from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.adapters.targets import linear_layers
 from lorafold.errors import FoldError, bullet_list
 from lorafold.files import replacing_folder, size_on_disk
-from lorafold.models.adapter_files import MLX_WEIGHTS, load_adapter
+from lorafold.models.adapter_files import load_adapter
 from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.classifier import adapter_labels, adapter_task, load_classifier, save_classifier, stored_type
 from lorafold.models.encoder import load_encoder
@@ -88,7 +88,7 @@ def load_trained(run: Run, dtype: torch.dtype = torch.float32, device: str = "cp
         FormatError, AdapterError: the base is gone, or its weights are not those of the run.
     """
     labels, model = adapter_labels(run.adapter), run.config.model
-    task = None if (run.adapter / MLX_WEIGHTS).is_file() else adapter_task(run.adapter)
+    task = adapter_task(run.adapter)
     if task == "embedding":
         loaded = load_encoder(model, dtype, device)
     elif labels is not None and task is not None:

@@ -191,18 +191,15 @@ class TokenClassification(_WithLabels):
 
     def tokenized(self, rows: Sequence[Any], loaded: LoadedModel, max_length: int, whose: str = "rows") -> Tokenized:
         """See `Task`."""
-        named = bool(self.config.label_names)
+        longest, named = longest_row(loaded, max_length), bool(self.config.label_names)
         numbers = numbered(self.label_column(rows), self.labels, whose, by_number=named, of="words")
-        every = tokenize_tagged(rows, numbers, loaded.tokenizer, longest_row(loaded, max_length))
+        every = tokenize_tagged(rows, numbers, loaded.tokenizer, longest)
         kept = [row for row in every if row.labels]
         if not kept:
-            raise DataError(f"no word of {whose} has a token within {max_length} tokens; raise --max-length")
+            raise DataError(f"no word of {whose} has a token within {longest} tokens; raise --max-length")
         words = sum(len(row.labels) for row in kept)
-        return Tokenized(
-            kept,
-            f"{len(kept):,} rows, {words:,} words ({self.listed(tag for row in kept for tag in row.labels)})"
-            + _lost(every, longest_row(loaded, max_length)),
-        )
+        listed = self.listed(tag for row in kept for tag in row.labels)
+        return Tokenized(kept, f"{len(kept):,} rows, {words:,} words ({listed}){_lost(every, longest)}")
 
     @property
     def objective(self) -> Objective:
@@ -214,8 +211,8 @@ def _lost(rows: Sequence[Any], longest: int) -> str:
     """What of the tags is neither learned nor measured."""
     cut, without = sum(row.cut for row in rows), sum(row.without for row in rows)
     count = sum(row.cut > 0 for row in rows)
-    lost = f"; WARNING: {cut:,} tags are lost: {count:,} rows are cut at {longest} tokens (--max-length)" if cut else ""
-    return lost + (f"; {without:,} tags are lost: the tokenizer makes nothing of their words" if without else "")
+    lost = f"; warning: {cut:,} tags are lost: {count:,} rows are cut at {longest} tokens (--max-length)" if cut else ""
+    return lost + (f"; warning: {without:,} tags are lost: their words make no token" if without else "")
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,12 @@ def test_whole_numbers_and_templates(tmp_path: Path) -> None:
     assert command("train", tiny_bert(tmp_path / "m"), "--task", "classification", "--data", data, *options,
                    "--output-dir", tmp_path / "run") == 0  # fmt: skip
     assert summary(tmp_path / "run")["labels"] == ["9", "10", "11"]
+    names = [*map(str, range(9)), "nine", "ten", "eleven"]
+    assert command("train", tmp_path / "m", "--task", "classification", "--data", data, *options,
+                   "--label-names", *names, "--output-dir", tmp_path / "named") == 0  # fmt: skip
+    counts = [sum(row) for row in summary(tmp_path / "named")["confusion_after"]]
+    assert summary(tmp_path / "named")["labels"] == names
+    assert counts[9:] == [sum(row) for row in summary(tmp_path / "run")["confusion_after"]]
 
 
 def test_a_pooler_that_the_folder_lacks_is_trained(tmp_path: Path, rows: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
+from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, RobertaConfig, RobertaModel
 
 from lorafold.cli.main import run
 from lorafold.evals.embed import embed
@@ -167,6 +167,18 @@ def test_folders_of_other_kinds(embedder: Make, rows: Path, tmp_path: Path) -> N
     )
 
 
+def test_adapters_are_computed_with(embedder: Make, rows: Path, tmp_path: Path) -> None:
+    """A run taken twice by half is the run; the result knows that it is of an encoder."""
+    _, path = embedder("bert", "lora")
+    both = tmp_path / "both"
+    assert command("adapters", "combine", path, path, "--weights", 0.5, 0.5, "-o", both) == 0
+    assert command("fold", both, "-o", tmp_path / "tuned") == 0
+    loaded, given = load_trained(read_run(path)), texts(rows, "anchor")[:5]
+    wanted = alone(loaded.model, loaded.tokenizer, given)
+    tuned = AutoModel.from_pretrained(tmp_path / "tuned").eval()
+    torch.testing.assert_close(alone(tuned, loaded.tokenizer, given), wanted, atol=1e-5, rtol=0)
+
+
 BAD: dict[str, tuple[list[object], list[str]]] = {
     "no column": (["--anchor", "{question}"], ["no column 'question'", "anchor, positive, negative"]),
     "empty": (["--data", "empty.jsonl"], ["row 1: positive empty"]),
@@ -216,9 +228,15 @@ def test_models_that_pool_otherwise_or_are_packed(
 
 
 def test_long_texts_are_cut_where_the_positions_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The tiny BERT has 40 positions."""
+    """The tiny BERT has 40 positions; a RoBERTa's begin after that of padding."""
     rows = [{"anchor": f"good {'film ' * 60}", "positive": f"{'the ' * (i + 1)}"} for i in range(12)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     line = [*TASK, "--data", data, "--eval-data", data, "--method", "lora", "--max-steps", 1]
     assert command("train", tiny_bert(tmp_path / "m"), *line, "--output-dir", tmp_path / "out") == 0
     assert "texts reach 40 tokens, where they are cut" in " ".join(capsys.readouterr().err.split())
+    roberta = tiny_bert(tmp_path / "r")
+    config = {"vocab_size": 19, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config |= {"intermediate_size": 48, "max_position_embeddings": 40, "pad_token_id": 0}
+    RobertaModel(RobertaConfig(**config)).save_pretrained(roberta)
+    assert command("train", roberta, *line, "--output-dir", tmp_path / "too") == 0
+    assert "texts reach 39 tokens, where they are cut" in " ".join(capsys.readouterr().err.split())

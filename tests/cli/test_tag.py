@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from lorafold.cli.main import run
 from lorafold.data.tags import tokenize_tagged
@@ -254,6 +254,17 @@ def test_another_number_of_labels_than_the_head(
     assert "label_names are 3: O, B-PER, I-PER" in message
     assert "has 5: B-LOC, B-PER, I-LOC, I-PER, O" in message
     assert not (tmp_path / "no").exists()
+
+
+def test_the_head_of_another_task_is_replaced(rows: Path, tmp_path: Path) -> None:
+    """A text classifier with two labels becomes a tagger with five, and lends it its encoder."""
+    model = tiny_bert(tmp_path / "m")
+    config = BertConfig.from_pretrained(model, num_labels=2)
+    BertForSequenceClassification.from_pretrained(model, config=config).save_pretrained(model)
+    options = [*TASK, "--method", "head", "--max-steps", 1, "--data", rows]
+    assert command("train", model, *options, "--output-dir", tmp_path / "run") == 0
+    assert summary(tmp_path / "run")["labels"] == TAGS
+    assert summary(tmp_path / "run")["trainable_parameters"] == 32 * 5 + 5
 
 
 @pytest.mark.parametrize(("architecture", "method"), [("llama", "qa-lora"), ("llama", "head"), ("qwen3", "lora")])
