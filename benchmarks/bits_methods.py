@@ -4,11 +4,14 @@
     python benchmarks/bits_methods.py --task arc --train ARC-Easy.train.jsonl.gz --test ARC-Easy.test.jsonl.gz -o DIR
 
 `--quick` is one seed, one learning rate, 3 and 2 bits, and few rows. `--model` takes a transformers folder in 16 or 32
-bits; without it SmolLM2-135M-Instruct, decoded from Q4_1 to float16, is the dense base. Rows of the table:
+bits, or a GGUF file, which is decoded to float16 for the dense base; without it SmolLM2-135M-Instruct in Q4_1 is. Rows
+of the table:
 
 * LoRA on the dense base, merged, then rounded to nearest (first seed only) or quantized with GPTQ,
 * QLoRA (LoRA on NF4 with double quantization), merged, then GPTQ,
-* QA-LoRA on the dense base quantized with GPTQ first, folded: r = 16, all offsets, all offsets and scales.
+* QA-LoRA on the dense base quantized with GPTQ first, folded: r = 16, all offsets, all offsets and scales,
+* LoRA on the dense base for the first half of the rows, merged, quantized with GPTQ, and QA-LoRA on that for the second
+  half: GPTQ then sees what the task made of the weights, and the offsets learn to repair what it lost.
 
 All files are MLX folders with an 8-bit embedding, in groups of 32; those of 4 bits in groups of 64, because the default
 base's weights come from 4 bits in groups of 32 and would be kept by these unchanged. GPTQ is calibrated on the same
@@ -55,7 +58,7 @@ from lorafold.runs.start import start
 GROUPS = {4: 64, 3: 32, 2: 32}
 CALIBRATION_ROWS = 64
 VALIDATION_ROWS = 100
-LORA_RATES = (4e-3,)  # the best of four in docs/results/gsm8k.md; it does not depend on the bits that follow
+LORA_RATE = 4e-3  # the best of four in docs/results/gsm8k.md; it does not depend on the bits that follow
 BASE = "base, GPTQ"
 TEMPLATES = {"gsm8k": "alpaca", "arc": "raw"}
 
@@ -65,8 +68,10 @@ class Method:
     """One row of the table.
 
     Attributes:
-        base: the model that is trained: "dense", "nf4", or "quantized" (with GPTQ, in the bits of the column).
-        rates: learning rates to choose among.
+        base: the model that is trained: "dense", "nf4", "quantized" (with GPTQ, in the bits of the column), or "tuned"
+            (LoRA on the dense base for the first half of the rows, merged, then quantized with GPTQ; what is left of
+            the rows trains it further).
+        rates: learning rates to choose among; none: those of `--lora-rates`.
         after: how the merged model is quantized (dense and nf4 only).
     """
 
@@ -77,12 +82,16 @@ class Method:
 
 
 METHODS = {
-    "LoRA r=8, merged, GPTQ": Method("dense", AdapterSpec("lora", 8), LORA_RATES, "gptq"),
-    "LoRA r=8, merged, rounded to nearest": Method("dense", AdapterSpec("lora", 8), LORA_RATES, "rtn"),
-    "QLoRA (NF4) r=8, merged, GPTQ": Method("nf4", AdapterSpec("lora", 8), LORA_RATES, "gptq"),
+    "LoRA r=8, merged, GPTQ": Method("dense", AdapterSpec("lora", 8), (), "gptq"),
+    "LoRA r=8, merged, rounded to nearest": Method("dense", AdapterSpec("lora", 8), (), "rtn"),
+    "QLoRA (NF4) r=8, merged, GPTQ": Method("nf4", AdapterSpec("lora", 8), (), "gptq"),
     "QA-LoRA r=16 on the GPTQ base": Method("quantized", AdapterSpec("qa-lora", 16), (4e-3,)),
     "QA-LoRA, all offsets": Method("quantized", AdapterSpec("qa-lora", "full"), (5e-4, 1e-3)),
     "QA-LoRA, all offsets and scales": Method("quantized", AdapterSpec("qa-lora", "full", adapt="both"), (5e-4,)),
+    "LoRA on half the rows, merged, GPTQ, then all offsets": Method("tuned", AdapterSpec("qa-lora", "full"), (5e-4,)),
+    "LoRA on half the rows, merged, GPTQ, then all offsets and scales": Method(
+        "tuned", AdapterSpec("qa-lora", "full", adapt="both"), (5e-4,)
+    ),
 }
 
 
@@ -133,9 +142,18 @@ class Table:
         questions = read_questions(args.task, args.train, args.rows + VALIDATION_ROWS)
         self.train, self.validation = questions[: args.rows], questions[args.rows :]
         self.test = read_questions(args.task, args.test, args.eval_rows)
-        self.rows = self.folder / "train.jsonl"
-        pairs = [{"prompt": q.prompt, "completion": q.choices[q.right]} for q in self.train]
-        self.rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        self.rows = self._write_rows("train", self.train)
+        half = len(self.train) // 2
+        self.halves = (
+            self._write_rows("first-half", self.train[:half]),
+            self._write_rows("second-half", self.train[half:]),
+        )
+
+    def _write_rows(self, name: str, questions: list[Question]) -> Path:
+        path = self.folder / f"{name}.jsonl"
+        pairs = [{"prompt": q.prompt, "completion": q.choices[q.right]} for q in questions]
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        return path
 
     def losses(self, loaded: LoadedModel, questions: list[Question]) -> tuple[float, float]:
         """What a rate is chosen by, and what the table shows."""
@@ -196,24 +214,36 @@ class Table:
 
         return self.made(name, make)
 
-    def base(self, kind: str, bits: int) -> Path:
+    def base(self, kind: str, bits: int, seed: int = 0) -> Path:
         """A model that is trained."""
-        dense = self.args.model or self.made("dense", write_dense)
+        model = self.args.model
+        dense = model if model and model.is_dir() else self.made("dense", lambda path: write_dense(path, model))
+        options = {"bits": bits, "method": "gptq", "group_size": GROUPS.get(bits)}
         if kind == "nf4":
             return self.quantized("nf4", dense, format="nf4")
         if kind == "quantized":
-            return self.quantized(f"base {bits}", dense, bits=bits, method="gptq", group_size=GROUPS[bits])
+            return self.quantized(f"base {bits}", dense, **options)
+        if kind == "tuned":
+            run = self.trained(dense, AdapterSpec("lora", 8), self.args.lora_rates[0], seed, self.halves[0])
+            merged = self.made(f"folded {run.name}", lambda path: fold_run(read_run(run), path, "f16", lossy=True))
+            return self.quantized(f"base {bits} of {run.name}", merged, **options)
         return dense
+
+    def trained(self, base: Path, spec: AdapterSpec, rate: float, seed: int, rows: Path) -> Path:
+        """The run folder of one training, which is made only if it is not there yet."""
+        part = "" if rows == self.rows else f" {rows.stem}"
+        run = self.folder / _file_name(f"run {base.name} {spec.r} {spec.adapt} {rate} {seed}{part}")
+        if not (run / SUMMARY).exists():
+            shutil.rmtree(run, ignore_errors=True)
+            data = DataConfig(rows, eval_data=self.rows, eval_limit=8, template=TEMPLATES[self.args.task])
+            training = TrainingConfig(learning_rate=rate, sample_rows=0, seed=seed)
+            start(RunConfig(str(base), run, data, spec, training), self.display)
+        return run
 
     def deployed(self, method: Method, bits: int, rate: float, seed: int) -> tuple[Path, int]:
         """The file of a method, and how many parameters were trained."""
-        base, spec = self.base(method.base, bits), method.spec
-        run = self.folder / _file_name(f"run {base.name} {spec.r} {spec.adapt} {rate} {seed}")
-        if not (run / SUMMARY).exists():
-            shutil.rmtree(run, ignore_errors=True)
-            data = DataConfig(self.rows, eval_data=self.rows, eval_limit=8, template=TEMPLATES[self.args.task])
-            training = TrainingConfig(learning_rate=rate, sample_rows=0, seed=seed)
-            start(RunConfig(str(base), run, data, spec, training), self.display)
+        rows = self.halves[1] if method.base == "tuned" else self.rows
+        run = self.trained(self.base(method.base, bits, seed), method.spec, rate, seed, rows)
         finished = read_run(run)
         to = None if method.after is None else "f16"
         path = self.made(f"folded {run.name}", lambda path: fold_run(finished, path, to, lossy=True))
@@ -232,18 +262,22 @@ class Table:
                     first = seed == self.args.seeds[0]
                     if method.after == "rtn" and not first:
                         continue  # once shows what it loses
-                    for rate in method.rates[: self.args.rates] if first else [self.rate(name, bits)]:
+                    for rate in self.rates(name) if first else [self.rate(name, bits)]:
                         key = f"{name} | {bits} | {rate} | {seed}"
                         make = functools.partial(self.deployed, method, bits, rate, seed)
-                        self.measured(key, make, choosing=first and self.args.rates > 1 < len(method.rates))
+                        self.measured(key, make, choosing=first and len(self.rates(name)) > 1)
                         for path in (*self.folder.glob("after-*"), *self.folder.glob("folded-run-base*")):
                             shutil.rmtree(path)
-            for path in self.folder.glob("folded-*"):
+            for path in (*self.folder.glob("folded-*"), *self.folder.glob("base-?-of-*")):
                 shutil.rmtree(path)
+
+    def rates(self, name: str) -> tuple[float, ...]:
+        """The learning rates that a row of the table tries."""
+        return (METHODS[name].rates or tuple(self.args.lora_rates))[: self.args.rates]
 
     def rate(self, name: str, bits: int) -> float:
         """The learning rate of the smallest validation loss with the first seed."""
-        tried = METHODS[name].rates[: self.args.rates]
+        tried = self.rates(name)
         if len(tried) == 1:
             return tried[0]
         return min(tried, key=lambda r: self.results[f"{name} | {bits} | {r} | {self.args.seeds[0]}"]["validation"])
@@ -266,7 +300,7 @@ class Table:
         for name in METHODS:
             cells = [f"{_mean(self.scores(name, b))} ({self.rate(name, b):g})" for b in columns]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        ours = [name for name, method in METHODS.items() if method.base == "quantized"]
+        ours = [name for name, method in METHODS.items() if method.after is None]
         others = [name for name, method in METHODS.items() if method.after == "gptq"]
         best = [self._best(names) for names in (ours, others)]
         cells = [
@@ -297,11 +331,12 @@ def _mean(values: list[float], sign: str = "") -> str:
 
 
 @torch.no_grad()
-def write_dense(path: Path) -> None:
-    """The embedded model, decoded to a float16 folder."""
-    loaded = load("smollm2", torch.float32)
+def write_dense(path: Path, model: Path | None = None) -> None:
+    """A quantized model (the embedded one), decoded to a float16 folder."""
+    loaded = load(str(model or "smollm2"), torch.float32)
     for name, layer in linear_layers(loaded.model).items():
-        assert isinstance(layer, QuantLinear)
+        if not isinstance(layer, QuantLinear):
+            continue
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
         plain.weight = nn.Parameter(layer.packed.decode(), requires_grad=False)
         loaded.model.set_submodule(name, plain)
@@ -318,14 +353,13 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--model", type=Path, help="a transformers folder in 16 or 32 bits")
+    parser.add_argument("--model", type=Path, help="a transformers folder in 16 or 32 bits, or a GGUF file")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--eval-rows", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], choices=[2, 3, 4])
-    parser.add_argument(
-        "--rates", type=int, default=2, help="how many learning rates each row of QA-LoRA tries, at most 2"
-    )
+    parser.add_argument("--rates", type=int, default=2, help="how many learning rates each row tries, at most 2")
+    parser.add_argument("--lora-rates", type=float, nargs="*", default=[LORA_RATE])
     parser.add_argument(
         "--quick", action="store_true", help="one seed and rate, 3 and 2 bits, 120 training and 60 test rows"
     )

@@ -19,7 +19,7 @@ def train(
     task: Annotated[TaskConfig, _FLAT] = TaskConfig(),  # noqa: B008
     adapter: Annotated[AdapterSpec, _FLAT] = AdapterSpec(),  # noqa: B008
     training: Annotated[TrainingConfig, _FLAT] = TrainingConfig(),  # noqa: B008
-    output_dir: Path = Path("lorafold-run"),
+    output_dir: Annotated[Path, Parameter(name=["--output-dir", "-o"])] = Path("lorafold-run"),
     config: Path | None = None,
     resume: bool = False,
 ) -> None:

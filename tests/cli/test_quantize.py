@@ -71,7 +71,7 @@ def test_train_fold_and_verify_what_was_quantized(tmp_path: Path, data: Path) ->
     source, base = tiny_folder_of(tmp_path / "source", "llama"), tmp_path / "mlx2"
     assert command("quantize", source, "-o", base, "--bits", 2, "--embedding-bits", 16) == 0
     run, tuned = tmp_path / "run", tmp_path / "tuned"
-    assert command("train", base, "--data", data, "--output-dir", run, *quick("--learning-rate", 0.03)) == 0
+    assert command("train", base, "--data", data, "-o", run, *quick("--learning-rate", 0.03)) == 0
     assert command("fold", run, "-o", tuned) == 0
     assert command("verify", tuned, "--run", run) == 0
 
