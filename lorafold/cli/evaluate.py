@@ -92,17 +92,17 @@ def _figures(
     from lorafold.runs.score import rows_of, score
 
     display = Display()
-    found = {}
+    lines: list[tuple[str, dict[str, str]]] = []
     task, rows, max_length = rows_of(data, config)
     for variant in variants(models, adapters):
         if adapters and variant.adapter is None and task.trained(variant.model, None) is None:
             continue  # a base without a head of its own
         with display.bar(variant.label, len(rows)) as done:
-            found[variant.label] = score(task, variant.model, variant.adapter, rows, max_length, dtype, done)
-    cells = {label: {**figures.cells(), "rows": f"{figures.rows:,}"} for label, figures in found.items()}
-    table = Table("model", *dict.fromkeys(name for row in cells.values() for name in row))
-    for label, row in cells.items():
-        table.add_row(label, *(row.get(str(column.header), "") for column in table.columns[1:]))
+            found = score(task, variant.model, variant.adapter, rows, max_length, dtype, done)
+        lines.append((variant.label, {**found.cells(), task.counted: f"{found.rows:,}"}))
+    table = Table("model", *dict.fromkeys(name for _, cells in lines for name in cells))
+    for label, cells in lines:
+        table.add_row(label, *(cells.get(str(column.header), "") for column in table.columns[1:]))
     return table
 
 

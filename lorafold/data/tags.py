@@ -79,9 +79,9 @@ def _fault(words: Any, tags: Any) -> str | None:
         return "it has no words"
     if len(words) != len(tags):
         return f"{len(words)} words and {len(tags)} tags"
-    odd = next((word for word in words if not isinstance(word, str)), None)
-    if odd is not None or None in words:
-        return f"the word {odd!r} is no text"
+    odd = [word for word in words if not isinstance(word, str)]
+    if odd:
+        return f"the word {odd[0]!r} is no text"
     odd = [tag for tag in tags if label_of(tag) is None]
     return f"the tag {odd[0]!r} is neither text nor a whole number" if odd else None
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -53,6 +53,7 @@ class Task(ABC):
 
     config: TaskConfig
     labels: tuple[str, ...] = ()
+    counted: ClassVar[str] = "rows"  # what figures are over
 
     @abstractmethod
     def read(self, rows: Rows, index: Iterable[int]) -> list[Any]:
@@ -180,6 +181,8 @@ class Classification(_WithLabels):
 class TokenClassification(_WithLabels):
     """One tag for each word; rows are (number, words, tags)."""
 
+    counted: ClassVar[str] = "words"
+
     def read(self, rows: Rows, index: Iterable[int]) -> list[Any]:
         """See `Task`."""
         given = ((int(i), rows[int(i)]) for i in index)
@@ -218,6 +221,8 @@ def _lost(rows: Sequence[Any], longest: int) -> str:
 @dataclass(frozen=True)
 class Embedding(Task):
     """Vectors of texts; rows are (number, anchor, positive, negative)."""
+
+    counted: ClassVar[str] = "pairs"
 
     def read(self, rows: Rows, index: Iterable[int]) -> list[Any]:
         """See `Task`."""

@@ -167,6 +167,19 @@ def test_folders_of_other_kinds(embedder: Make, rows: Path, tmp_path: Path) -> N
     )
 
 
+def test_folders_of_one_name_are_compared(
+    embedder: Make, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, path = embedder("bert", "lora")
+    model = tiny_bert(tmp_path / "a" / "minilm")
+    assert command("fold", path, "-o", tmp_path / "b" / "minilm") == 0
+    capsys.readouterr()
+    assert command("eval", model, tmp_path / "b" / "minilm", *TASK, "--data", path) == 0
+    s, out = summary(path), capsys.readouterr().out
+    assert [f"{s[f'mrr_{when}']:.4f}" in out for when in ("before", "after")] == [True, True]
+    assert "pairs" in out
+
+
 def test_adapters_are_computed_with(embedder: Make, rows: Path, tmp_path: Path) -> None:
     """A run taken twice by half is the run; the result knows that it is of an encoder."""
     _, path = embedder("bert", "lora")
