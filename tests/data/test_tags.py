@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+from lorafold.data.read import read_rows
 from lorafold.data.tags import tokenize_tagged, words_and_tags
 from lorafold.errors import DataError
 from lorafold.models.gguf_file import GGUFFile
@@ -83,3 +86,12 @@ def test_what_is_lost_is_counted(tmp_path: Path) -> None:
     (row,) = tokenize_tagged([(0, words, ["O"] * 6)], range(6), tokenizer, 6)  # [CLS] good is films ! [SEP]
     assert (row.labels, row.places) == ([0, 2, 3], [1, 2, 3])
     assert (row.cut, row.without) == (2, 1)
+
+
+def test_lists_of_parquet_files(tmp_path: Path) -> None:
+    """As the `datasets` library writes them: tags as whole numbers of 64 bits."""
+    table = pa.table({"tokens": [["a", "b"], ["c"]], "ner_tags": pa.array([[0, 3], [1]], pa.list_(pa.int64()))})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    rows = read_rows(tmp_path / "rows.parquet")
+    found = words_and_tags(enumerate(rows), rows.columns, "tokens", "ner_tags")
+    assert found == [(0, ["a", "b"], ["0", "3"]), (1, ["c"], ["1"])]
