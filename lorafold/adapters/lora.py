@@ -28,8 +28,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, weight: Callable[[], Tensor]) -> Tensor:
         rows = x.flatten(0, -2)
         hidden = F.linear(rows, a.to(x.dtype))
-        y = multiply(rows, weight(), True)
-        y.addmm_(hidden, b.to(x.dtype).t(), alpha=scaling)
+        y = multiply(rows, weight(), True, (hidden, b, scaling))
         ctx.save_for_backward(x, hidden, a, b)
         ctx.scaling, ctx.weight = scaling, weight
         return y.unflatten(0, x.shape[:-1])
@@ -42,7 +41,7 @@ class _LoRALinear(torch.autograd.Function):
         d_a, d_b = d_hidden.t() @ x.flatten(0, -2), (dy.t() @ hidden).float() * ctx.scaling
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = multiply(dy, ctx.weight(), False).addmm_(d_hidden, a.to(dy.dtype)).view_as(x)
+            dx = multiply(dy, ctx.weight(), False, (d_hidden, a, 1.0)).view_as(x)
         return dx, d_a.float(), d_b, None, None
 
 

@@ -170,13 +170,8 @@ def lay(weight, stride, transposed, j, k, out):
             _interleave(source, source + stride, out + 2048 * (i // 16) + 64 * (i % 16))
 
 
-@njit(cache=True)
-def panel(x, stride, tiles, steps, sums, across):
-    """32 rows of X times 32 columns: float32 sums, `across` bytes from row to row."""
-    _zero0()
-    _zero1()
-    _zero2()
-    _zero3()
+@njit(inline="always")
+def _add(x, stride, tiles, steps):
     for k in range(steps):
         _load4(x + 64 * k, stride)
         _load6(tiles + 2048 * k, 64)
@@ -186,10 +181,27 @@ def panel(x, stride, tiles, steps, sums, across):
         _load5(x + 16 * stride + 64 * k, stride)
         _add256()
         _add357()
+
+
+@njit(cache=True)
+def two_panels(x, stride, tiles, steps, e, e_stride, e_tiles, e_steps, sums, across):
+    """32 rows of X times 32 columns, and E times others: float32 sums of both, `across` bytes from row to row."""
+    _zero0()
+    _zero1()
+    _zero2()
+    _zero3()
+    _add(x, stride, tiles, steps)
+    _add(e, e_stride, e_tiles, e_steps)
     _store0(sums, across)
     _store1(sums + 64, across)
     _store2(sums + 16 * across, across)
     _store3(sums + 16 * across + 64, across)
+
+
+@njit(cache=True)
+def panel(x, stride, tiles, steps, sums, across):
+    """32 rows of X times 32 columns: float32 sums."""
+    two_panels(x, stride, tiles, steps, x, stride, tiles, 0, sums, across)
 
 
 class _Kept(threading.local):

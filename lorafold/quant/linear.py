@@ -49,11 +49,17 @@ def _decoded(
     return weight.decode(dtype, offset, scale, _room.numbers)
 
 
-def multiply(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    """X W^T (`transposed`; weight [N, K]) or X W (weight [K, N]) for X [..., K] -> [..., N], nothing differentiated."""
+def multiply(x: Tensor, weight: Tensor, transposed: bool, branch: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
+    """X W^T (`transposed`; weight [N, K]) or X W (weight [K, N]) for X [..., K] -> [..., N], nothing differentiated.
+
+    Args:
+        branch: for X [M, K]: E [M, R], F [N, R] (`transposed`) or [R, N] of any type, and s; s E F^T or s E F is added.
+    """
+    e, f, s = branch or (None, None, 1.0)
     if products.usable(x, weight):
-        return products.multiply(x, weight, transposed)
-    return F.linear(x, weight) if transposed else x @ weight
+        return products.multiply(x, weight, transposed, None if e is None or f is None else (e, (s * f).to(e.dtype)))
+    y = F.linear(x, weight) if transposed else x @ weight
+    return y if e is None or f is None else y.addmm_(e, (f.t() if transposed else f).to(e.dtype), alpha=s)
 
 
 def pooled(x: Tensor, size: int) -> Tensor:
