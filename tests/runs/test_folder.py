@@ -39,7 +39,7 @@ CONFIG = RunConfig(
     TrainingConfig(
         2, 3, 0.5, 16.0, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, 5, 6, True, 99, "2GB", 30, True, "float32", "cpu", 8, 1, 2
     ),
-    TaskConfig("classification", "{title}", "stars"),
+    TaskConfig("classification", "{title}", "stars", label_names=("good", "bad")),
 )
 SUMMARY: dict[str, Any] = {
     "eval_loss_before": 2.0,
@@ -68,13 +68,23 @@ def test_the_example_sets_every_option() -> None:
     """So that the round trip below covers new options as well."""
     plain = RunConfig("other", Path("other"), DataConfig(Path("other")))
     same = [key for key, value in CONFIG.to_dict().items() if value == plain.to_dict()[key]]
-    assert same == ["adapt", "k_quants", "d_initial", "layers"]  # of other methods than lora
+    other_tasks = ["words_column", "tags_column", "anchor", "positive", "negative", "scale"]
+    assert same == [*other_tasks, "adapt", "k_quants", "d_initial", "layers"]  # of other methods than lora
     assert set(CONFIG.to_dict()) == set(option_names())
 
 
 def test_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
     finished(tmp_path / "run").close()
     assert read_run(tmp_path / "run").config == CONFIG
+    names = ("O", "B-PER", "I-PER")
+    for number, task in enumerate(
+        (
+            TaskConfig("token-classification", words_column="w", tags_column="t", label_names=names),
+            TaskConfig("embedding", anchor="{q}", positive="{a}", negative="{no}", scale=5.0),
+        )
+    ):
+        finished(tmp_path / str(number), replace(CONFIG, task=task)).close()
+        assert read_run(tmp_path / str(number)).config.task == task
     default = RunConfig("m", Path("o"), DataConfig(Path("d"))).resolved()
     finished(tmp_path / "default", default).close()
     assert read_run(tmp_path / "default").config == default
