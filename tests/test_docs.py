@@ -14,6 +14,7 @@ import pytest
 import lorafold.models.load
 from lorafold.cli.main import run
 from lorafold.data.demo import demo_file
+from tests.tiny_classifier import labelled_rows, pair_rows, tagged_rows, tiny_bert, write_rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +32,16 @@ def test_the_korean_readme_has_the_same_commands_and_figures() -> None:
     assert sorted(numbers[0]) == sorted(numbers[1])
 
 
+def write_task_rows(folder: Path) -> None:
+    """The encoder and the rows of the tasks beside language modelling."""
+    tiny_bert(folder / "minilm")
+    for name, count in (("reviews.csv", 24), ("more.csv", 8)):
+        reviews = [{"title": r["title"], "body": r["text"], "stars": r["label"]} for r in labelled_rows(count)]
+        write_rows(folder / name, reviews)
+    write_rows(folder / "news.jsonl", tagged_rows(24))
+    write_rows(folder / "faq.jsonl", [{"question": r["anchor"], "answer": r["positive"]} for r in pair_rows(24)])
+
+
 def test_readme_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,6 +56,7 @@ def test_readme_commands(
     monkeypatch.chdir(tmp_path)
     rows = demo_file("held_out").read_text(encoding="utf-8").splitlines()[:12]
     (tmp_path / "products.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    write_task_rows(tmp_path)
     extra = {
         "train": ["--max-steps", "2", "--sample-tokens", "4", "--dtype", "float32", "--learning-rate", "0.01"],
         "verify": ["--no-runtime"],

@@ -62,3 +62,44 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+NAMES = {"PER": ("good", "fine"), "LOC": ("bad", "poor")}
+
+
+def tagged_rows(count: int, seed: int = 0, numbers: bool = False) -> list[dict[str, object]]:
+    """Rows of words of which some are names: a type follows from the word, B- or I- from the word before."""
+    generator = torch.Generator().manual_seed(seed)
+    names = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+    types = {word: kind for kind, words in NAMES.items() for word in words}
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(3, 10, (), generator=generator))
+        words = [WORDS[int(torch.randint(len(WORDS), (), generator=generator))] for _ in range(length)]
+        tags: list[str] = []
+        for i, word in enumerate(words):
+            kind = types.get(word)
+            inside = i > 0 and types.get(words[i - 1]) == kind
+            tags.append("O" if kind is None else f"{'I' if inside else 'B'}-{kind}")
+        rows.append({"tokens": words, "ner_tags": [names.index(tag) for tag in tags] if numbers else tags})
+    return rows
+
+
+def pair_rows(count: int, seed: int = 0) -> list[dict[str, object]]:
+    """Rows of two texts of random words that begin with the same two."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(number: int) -> list[str]:
+        return [WORDS[int(torch.randint(len(WORDS), (), generator=generator))] for _ in range(number)]
+
+    rows = []
+    for _ in range(count):
+        common, *others = words(2), words(3), words(4), words(4)
+        rows.append(
+            {
+                "anchor": " ".join(common + others[0]),
+                "positive": " ".join(common + others[1]),
+                "negative": " ".join(others[2]),
+            }
+        )
+    return rows

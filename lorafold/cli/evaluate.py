@@ -29,7 +29,7 @@ def evaluate(
     runtime: Literal["torch", "llama.cpp"] = "torch",
     dtype: Literal["auto", "float32", "bfloat16"] = "float32",
 ) -> None:
-    """Mean loss per supervised token of models, folded files or adapters on the same rows; accuracy of classifiers.
+    """Mean loss per supervised token of models, folded files or adapters on the same rows; other tasks' own figures.
 
     With a run folder as --data these are the rows that were held out of that run.
 
@@ -43,10 +43,10 @@ def evaluate(
 
     from lorafold.errors import ConfigError
 
-    if task.classifies and runtime != "torch":
-        raise ConfigError("llama.cpp is asked for losses of language models; classifiers run in torch")
-    if task.classifies:
-        table = _classes(models, adapter, data, task, dtype)
+    if not task.continues and runtime != "torch":
+        raise ConfigError(f"llama.cpp is asked for losses of language models; --task {task.task} runs in torch")
+    if not task.continues:
+        table = _figures(models, adapter, data, task, dtype)
     else:
         table = _losses(models, adapter, data, runtime, dtype)
     Console(markup=False).print(table)
@@ -82,26 +82,27 @@ def _losses(models: tuple[str, ...], adapters: tuple[Path, ...], data: RowsConfi
     return table
 
 
-def _classes(
-    models: tuple[str, ...], adapters: tuple[Path, ...], data: RowsConfig, task: TaskConfig, dtype: str
+def _figures(
+    models: tuple[str, ...], adapters: tuple[Path, ...], data: RowsConfig, config: TaskConfig, dtype: str
 ) -> Table:
     from rich.table import Table
 
     from lorafold.cli.variants import variants
-    from lorafold.models.classifier import known_labels
     from lorafold.runs.display import Display
-    from lorafold.runs.score import score, texts_of
+    from lorafold.runs.score import rows_of, score
 
     display = Display()
-    table = Table("model", "accuracy", "macro F1", "loss", "rows")
-    rows = texts_of(data, task)
+    lines: list[tuple[str, dict[str, str]]] = []
+    task, rows, max_length = rows_of(data, config)
     for variant in variants(models, adapters):
-        if adapters and variant.adapter is None and known_labels(variant.model) is None:
+        if adapters and variant.adapter is None and task.trained(variant.model, None) is None:
             continue  # a base without a head of its own
         with display.bar(variant.label, len(rows)) as done:
-            found = score(variant.model, variant.adapter, rows, data.max_length, dtype, done)
-        cells = (f"{found.accuracy:.2%}", f"{found.macro_f1:.4f}", f"{found.loss:.4f}", f"{found.rows:,}")
-        table.add_row(variant.label, *cells)
+            found = score(task, variant.model, variant.adapter, rows, max_length, dtype, done)
+        lines.append((variant.label, {**found.cells(), task.counted: f"{found.rows:,}"}))
+    table = Table("model", *dict.fromkeys(name for _, cells in lines for name in cells))
+    for label, cells in lines:
+        table.add_row(label, *(cells.get(str(column.header), "") for column in table.columns[1:]))
     return table
 
 

@@ -42,36 +42,36 @@ def train(
 
     from lorafold.config.workers import workers_of
     from lorafold.errors import ConfigError
+    from lorafold.evals.figures import SHOWN, written
     from lorafold.models.classifier import is_quantized
-    from lorafold.runs.classify import classify
     from lorafold.runs.display import Display, output
+    from lorafold.runs.fine_tune import fine_tune
     from lorafold.runs.from_adapter import adopted
     from lorafold.runs.start import start_worker
 
     del config  # expanded before parsing
     wanted = RunConfig(model, output_dir, data, adapter, training, task, from_adapter)
-    if task.classifies:
-        if resume or workers_of(os.environ):
-            raise ConfigError(
-                "a classification run is one process from its beginning to its end: no resume, no torchrun"
-            )
-        run = classify(wanted, Display())
+    if not task.continues:
+        if workers_of(os.environ):
+            raise ConfigError(f"a run of --task {task.task} is one process: start it without torchrun")
+        run = fine_tune(wanted, Display(), resume)
     else:
         run = start_worker(adopted(wanted, given), Display(), resume)
     if run is None:  # the first worker speaks for all
         return
     s = run.summary
-    if task.classifies:
-        output(f"held-out accuracy {s['accuracy_before']:.2%} -> {s['accuracy_after']:.2%}")
+    if not task.continues:
+        key = next(key for key in ("entity_f1", "recall_at_1", "accuracy") if f"{key}_after" in s)
+        output(f"held-out {SHOWN[key][0]} {written(key, s[f'{key}_before'])} -> {written(key, s[f'{key}_after'])}")
     output(
         f"held-out loss {s['eval_loss_before']:.4f} -> {s['eval_loss_after']:.4f}, "
         f"{s['samples_per_second']:.2f} samples/s, peak memory {s['peak_memory_bytes'] / 1e9:.2f} GB"
     )
-    if task.classifies and is_quantized(run.config.model):
-        output(f"next: lorafold eval {model} --adapter {run.path} --task classification --data MORE_ROWS")
+    if not task.continues and is_quantized(run.config.model):
+        output(f"next: lorafold eval {model} --adapter {run.path} --task {task.task} --data MORE_ROWS")
     elif run.config.adapter.method == "qa-lora":
         output(f"next: lorafold fold {run.path} -o tuned.gguf")
-    elif METHODS[run.config.adapter.method].whole or task.classifies:
+    elif METHODS[run.config.adapter.method].whole or not task.continues:
         output(f"next: lorafold fold {run.path} -o tuned")
     else:
         output(f"next: lorafold export {run.path} --to peft -o adapter   (or --to gguf-adapter -o adapter.gguf)")

@@ -25,6 +25,14 @@ class Labelled:
     label: int
     row: int
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def labels(self) -> list[int]:
+        """All its labels: one."""
+        return [self.label]
+
 
 def texts_and_labels(
     rows: Iterable[tuple[int, Mapping[str, Any]]], columns: Sequence[str], template: str, label_column: str
@@ -43,21 +51,35 @@ def texts_and_labels(
     columns_of(template, columns)
     found, faults = [], []
     for number, row in rows:
-        text, label = fill(template, row), row[label_column]
-        if isinstance(label, bool):
-            label = str(label).lower()
-        if isinstance(label, int):
-            label = str(label)
+        text, label = fill(template, row), label_of(row[label_column])
         if not text.strip():
             faults.append(f"row {number}: the text is empty")
-        if not isinstance(label, str) or not label.strip():
-            faults.append(f"row {number}: the label is {label!r}; it must be text or a whole number")
+        if label is None:
+            faults.append(f"row {number}: the label is {row[label_column]!r}; it must be text or a whole number")
         else:
-            found.append((number, text, label.strip()))
+            found.append((number, text, label))
+    refuse_rows("rows without text or label", faults)
+    return found
+
+
+def label_of(value: Any) -> str | None:
+    """A label as text; None where it is neither text nor a whole number nor a truth value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    return value.strip() or None if isinstance(value, str) else None
+
+
+def refuse_rows(what: str, faults: Sequence[str]) -> None:
+    """Raise what is wrong with rows, if anything is.
+
+    Raises:
+        DataError: naming up to ten of the faults.
+    """
     if faults:
         more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
-        raise DataError("rows without text or label:\n" + bullet_list(faults[:10] + more))
-    return found
+        raise DataError(f"{what}:\n" + bullet_list([*faults[:10], *more]))
 
 
 def label_names(labels: Iterable[str]) -> list[str]:
@@ -84,23 +106,28 @@ def _is_whole(label: str) -> bool:
     return label.removeprefix("-").isdecimal()
 
 
-def numbered(labels: Iterable[str], names: Sequence[str], whose: str) -> list[int]:
+def numbered(
+    labels: Iterable[str], names: Sequence[str], whose: str, by_number: bool = False, of: str = "rows"
+) -> list[int]:
     """The number of each label among `names`; a head that was saved without names has LABEL_0, LABEL_1, ...
 
     Args:
         whose: what the labels belong to, for the message.
+        by_number: `names` say what whole numbers mean.
+        of: what has one label each, for the message.
 
     Raises:
         DataError: there are labels that the model does not have; all are named.
     """
-    number = {name: i for i, name in enumerate(names)}
-    number |= {str(i): i for i, name in enumerate(names) if name == f"LABEL_{i}"}
+    number = {str(i): i for i, name in enumerate(names) if by_number or name == f"LABEL_{i}"}
+    number |= {name: i for i, name in enumerate(names)}
     labels = list(labels)
     unknown = Counter(label for label in labels if label not in number)
     if unknown:
-        listed = ", ".join(f"{label!r} ({count} rows)" for label, count in list(unknown.items())[:10])
+        listed = ", ".join(f"{label!r} ({count} {of})" for label, count in list(unknown.items())[:10])
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise DataError(f"{whose} have labels that the model does not: {listed}{more}; it has {', '.join(names)}")
+        cure = "; --label-names says what numbers mean" if any(map(_is_whole, unknown)) else ""
+        raise DataError(f"{whose} have labels that the model does not: {listed}{more}; it has {', '.join(names)}{cure}")
     return [number[label] for label in labels]
 
 

@@ -7,22 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lorafold.evals.figures import Figures
+
 
 @dataclass(frozen=True)
-class Scores:
-    """Figures of a classifier on some rows.
+class Scores(Figures):
+    """Figures of a classifier on some rows, or on the words of some rows.
 
     Attributes:
-        loss: mean cross-entropy, nats per row.
+        loss: mean cross-entropy, nats per row (or word).
         confusion: [true label][predicted label] -> rows.
     """
 
-    loss: float
     confusion: list[list[int]]
 
     @property
     def rows(self) -> int:
-        """How many rows."""
+        """How many rows (or words)."""
         return int(np.sum(self.confusion))
 
     @property
@@ -43,18 +44,22 @@ class Scores:
         table = np.array(self.confusion)
         return float(np.mean(np.array(self.f1)[table.sum(0) + table.sum(1) > 0]))
 
-    def to_dict(self, when: str) -> dict[str, object]:
-        """The figures for a summary, such as `accuracy_before`."""
-        return {
-            f"eval_loss_{when}": self.loss,
-            f"accuracy_{when}": self.accuracy,
-            f"macro_f1_{when}": self.macro_f1,
-            f"confusion_{when}": self.confusion,
-        }
+    def values(self) -> dict[str, float]:
+        """Accuracy and macro F1."""
+        return {"accuracy": self.accuracy, "macro_f1": self.macro_f1}
+
+    def details(self) -> dict[str, object]:
+        """Who is taken for whom."""
+        return {"confusion": self.confusion}
 
 
 def scores(losses: Sequence[float], predicted: Sequence[int], true: Sequence[int], labels: int) -> Scores:
     """Figures from the loss, the predicted and the true label of each row."""
+    return Scores(float(np.mean(losses)), confusion_of(predicted, true, labels))
+
+
+def confusion_of(predicted: Sequence[int], true: Sequence[int], labels: int) -> list[list[int]]:
+    """[true label][predicted label] -> how often."""
     table = np.zeros((labels, labels), dtype=int)
     np.add.at(table, (np.array(true), np.array(predicted)), 1)
-    return Scores(float(np.mean(losses)), table.tolist())
+    return table.tolist()

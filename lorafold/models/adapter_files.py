@@ -37,17 +37,8 @@ from lorafold.config import METHODS, AdapterSpec
 from lorafold.errors import AdapterError, ConfigError, bullet_list
 from lorafold.files import replacing_folder
 from lorafold.models.load import LoadedModel
-from lorafold.models.peft_format import (
-    PREFIX,
-    absent_layers,
-    malformed,
-    place,
-    spec_of,
-    stored_config,
-    stored_tensors,
-    unsupported,
-    without_copies,
-)
+from lorafold.models.peft_config import malformed, spec_of, unsupported
+from lorafold.models.peft_format import PREFIX, absent_layers, place, stored_config, stored_tensors, without_copies
 from lorafold.models.tensors import save_tensors
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 
@@ -111,15 +102,6 @@ def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
         return spec_of(config), config
     except (KeyError, TypeError, ConfigError) as error:
         raise AdapterError(f"{folder / CONFIG} is incomplete or impossible: {error}") from None
-
-
-def stated_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
-    """`read_spec` of a folder of ours, PEFT's or MLX's, whose configuration is empty.
-
-    Raises:
-        AdapterError: as there.
-    """
-    return _read_mlx(folder)[:2] if (folder / MLX_WEIGHTS).is_file() else read_spec(folder)
 
 
 def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> Injection:

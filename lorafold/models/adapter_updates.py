@@ -51,6 +51,7 @@ class StoredAdapter:
         updates: place -> update.
         base: path of the base model, as the folder names it.
         base_hash: of the base weights it was trained on; None where the folder does not say (PEFT).
+        task: what PEFT calls the task of the model.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class StoredAdapter:
     updates: Mapping[Place, Update]
     base: str
     base_hash: str | None
+    task: str = "CAUSAL_LM"
 
 
 def read_updates(folder: Path) -> StoredAdapter:
@@ -80,7 +82,8 @@ def read_updates(folder: Path) -> StoredAdapter:
     if faults:
         raise AdapterError(f"{folder} is no adapter that can be computed with:\n" + bullet_list(faults))
     base = str(config.get("base_model_name_or_path"))
-    return StoredAdapter(folder, spec, updates, base, header.get("base_weights_sha256"))
+    task = config.get("task_type") or "CAUSAL_LM"
+    return StoredAdapter(folder, spec, updates, base, header.get("base_weights_sha256"), task)
 
 
 def _updates(
@@ -208,7 +211,7 @@ def _config(like: StoredAdapter, layers: list[str], ranks: Mapping[str, int]) ->
     unusual = {layer: rank for layer, rank in ranks.items() if rank != usual}
     config: dict[str, Any] = {
         "peft_type": "LORA" if like.spec.method == "lora" else "QA_LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": like.task,
         "base_model_name_or_path": like.base,
         "r": usual if ranks else FULL,
         "lora_alpha": usual,

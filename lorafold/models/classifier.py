@@ -1,10 +1,8 @@
-"""Models that give a text one of several labels: transformers' own, with a new head if need be.
+"""Models that give a text, or each of its words, one of several labels: transformers' own, with a new head if need be.
 
 A folder is loaded as it is. A quantized language model stays packed, and a head is put on it.
 
-The head computes in float32 whatever the rest computes in: it is small, and it is trained from nothing. Dropout of
-attention weights is not computed, as nowhere here: with it torch has no fused attention, and steps take half as long
-again.
+The head computes in float32 whatever the rest computes in: it is small, and it is trained from nothing.
 """
 
 from __future__ import annotations
@@ -21,77 +19,69 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from lorafold.adapters.whole import head
 from lorafold.errors import AdapterError, FormatError
 from lorafold.files import replacing_folder
-from lorafold.models.adapter_files import WEIGHTS
+from lorafold.models.adapter_files import CONFIG, WEIGHTS
 from lorafold.models.bnb_folder import is_bnb
 from lorafold.models.layout import BAD_CONFIG, empty_parameters
 from lorafold.models.load import LoadedModel, load, resolve
 from lorafold.models.mlx_folder import is_mlx
+from lorafold.models.peft_format import FEATURES
 from lorafold.models.tensors import NUMBERS
+from lorafold.models.transformers_folder import ATTENTION_DROPOUT, config_of_folder, folder_of, load_folder
 
 LABELS = "labels"  # in the header of an adapter's tensors: a JSON list
-_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # what configurations call it
+KINDS: dict[str, Any] = {  # task -> transformers' class
+    "classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+}
+_ENDINGS = {"classification": "ForSequenceClassification", "token-classification": "ForTokenClassification"}
 
 
-def known_labels(model: str | Path) -> list[str] | None:
-    """The labels of a folder that holds a trained classifier; None for other models.
+def known_labels(model: str | Path, task: str = "classification") -> list[str] | None:
+    """The labels of a folder that holds a trained classifier for this task; None for other models.
 
     Raises:
         FormatError: there is no model in any known format.
     """
     if is_quantized(model):
         return None
-    config = _config(_folder(model))
-    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    config = config_of_folder(folder_of(model))
+    classifies = any(name.endswith(_ENDINGS[task]) for name in config.architectures or ())
     return [config.id2label[i] for i in sorted(config.id2label)] if classifies else None
 
 
 def load_classifier(
-    model: str | Path, labels: Sequence[str], dtype: torch.dtype = torch.float32, device: str = "cpu"
+    model: str | Path,
+    labels: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    task: str = "classification",
 ) -> LoadedModel:
     """A model with a head for these labels, frozen and in evaluation mode; a new head is drawn from torch's generator.
 
     Args:
         model: as for `load`; a transformers folder may have a trained head.
         labels: in the order of the head's outputs.
+        task: one of `KINDS`.
 
     Raises:
         FormatError: the model is missing, damaged or of an architecture without such a head.
     """
     if is_quantized(model):
-        return _on_packed(load(model, dtype, device), labels)
-    path = _folder(model)
-    config = _config(path)
+        return _on_packed(load(model, dtype, device), labels, KINDS[task])
+    path = folder_of(model)
+    config = config_of_folder(path)
     config.id2label = dict(enumerate(labels))  # num_labels follows
     config.label2id = {label: i for i, label in enumerate(labels)}
-    for key in _ATTENTION_DROPOUT:
-        if hasattr(config, key):
-            setattr(config, key, 0.0)
-    options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    reported = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers lists what is new, which is what is wanted here
-    try:
-        made, info = AutoModelForSequenceClassification.from_pretrained(path, **options)  # type: ignore[misc]
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (*BAD_CONFIG, OSError, KeyError, SafetensorError) as error:
-        raise FormatError(f"transformers cannot load {path} as a classifier: {error}") from error
-    finally:
-        logging.set_verbosity(reported)
-    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    lacking = [name for name in absent if not _may_be_new(made, name)]
-    if lacking:
-        raise FormatError(f"{path} lacks weights, or has them in other shapes: {', '.join(lacking[:10])}")
-    _see_to_padding(made, tokenizer, path)
-    made.requires_grad_(False).eval()
-    for name in head(made):
-        in_float32(made.get_submodule(name))
-    nn.Module.to(made, device)
-    return LoadedModel(made, tokenizer, path, dtype)
+    loaded = load_folder(path, KINDS[task], config, dtype, _may_be_new)
+    for name in head(loaded.model):
+        in_float32(loaded.model.get_submodule(name))
+    nn.Module.to(loaded.model, device)
+    return loaded
 
 
 def is_quantized(model: str | Path) -> bool:
@@ -100,15 +90,16 @@ def is_quantized(model: str | Path) -> bool:
     return not path.is_dir() or is_mlx(path) or is_bnb(path)
 
 
-def _on_packed(loaded: LoadedModel, labels: Sequence[str]) -> LoadedModel:
+def _on_packed(loaded: LoadedModel, labels: Sequence[str], kind: Any) -> LoadedModel:
     """A packed language model with a new linear head in the place of its own."""
     config = loaded.model.config
     config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     try:
         with empty_parameters():
-            made = AutoModelForSequenceClassification.from_config(config)
+            made = kind.from_config(config)
     except (*BAD_CONFIG, KeyError) as error:
-        raise FormatError(f"{loaded.path}: transformers has no classifier of {config.model_type}: {error}") from error
+        what = f"transformers has no {kind.__name__} of {config.model_type}"
+        raise FormatError(f"{loaded.path}: {what}: {error}") from error
     setattr(made, made.base_model_prefix, loaded.model.base_model)
     for name in head(made):
         new = made.get_submodule(name).to_empty(device=loaded.device)
@@ -135,13 +126,16 @@ def new_modules(loaded: LoadedModel) -> list[str]:
     return [*head(loaded.model), *absent]
 
 
-def adapter_labels(folder: Path) -> list[str] | None:
+def adapter_labels(folder: Path, task: str | None = None) -> list[str] | None:
     """The labels that an adapter was trained for; None for adapters of other tasks.
 
+    Args:
+        task: one of `KINDS`; None for any of them.
+
     Raises:
-        AdapterError: its file cannot be read.
+        AdapterError: its files cannot be read.
     """
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / WEIGHTS).is_file() or task not in (None, adapter_task(folder)):
         return None
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
@@ -149,6 +143,21 @@ def adapter_labels(folder: Path) -> list[str] | None:
         return json.loads(header[LABELS]) if LABELS in header else None
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{folder / WEIGHTS} cannot be read: {error}") from None
+
+
+def adapter_task(folder: Path) -> str | None:
+    """The task that an adapter's configuration names, as `config/task.py` calls it; None for others.
+
+    Raises:
+        AdapterError: it cannot be read.
+    """
+    if not (folder / CONFIG).is_file():
+        return None
+    names = {"SEQ_CLS": "classification", "TOKEN_CLS": "token-classification", FEATURES: "embedding"}
+    try:
+        return names.get(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("task_type"))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise AdapterError(f"{folder / CONFIG} cannot be read: {error}") from None
 
 
 def stored_type(path: Path) -> torch.dtype:
@@ -169,8 +178,8 @@ def save_classifier(model: Any, loaded: LoadedModel, labels: Sequence[str], dtyp
     Raises:
         OutputError: it cannot be written.
     """
-    original = _config(loaded.path)
-    for key in _ATTENTION_DROPOUT:
+    original = config_of_folder(loaded.path)
+    for key in ATTENTION_DROPOUT:
         if hasattr(original, key):
             setattr(model.config, key, getattr(original, key))
     model.config.id2label, model.config.label2id = dict(enumerate(labels)), {v: i for i, v in enumerate(labels)}
@@ -179,30 +188,6 @@ def save_classifier(model: Any, loaded: LoadedModel, labels: Sequence[str], dtyp
         loaded.tokenizer.save_pretrained(temporary)
 
 
-def _folder(model: str | Path) -> Path:
-    path = resolve(model)
-    if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-        raise FormatError(f"{path} is no model in transformers format: config.json and .safetensors files are needed")
-    return path
-
-
-def _config(path: Path) -> Any:
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (*BAD_CONFIG, OSError, KeyError) as error:
-        raise FormatError(f"transformers cannot read the configuration of {path}: {error}") from error
-
-
 def _may_be_new(model: nn.Module, name: str) -> bool:
     """Whether a parameter belongs to the head or to a pooler, which many folders lack."""
     return any(name.startswith(f"{part}.") for part in head(model)) or re.search(r"(^|\.)pooler\.", name) is not None
-
-
-def _see_to_padding(model: Any, tokenizer: Any, path: Path) -> None:
-    """Rows of a batch are filled up on the right, and decoders find a row's end by the padding token."""
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise FormatError(f"{path}: the tokenizer has neither a padding nor an end token to fill up rows with")
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.padding_side = "right"

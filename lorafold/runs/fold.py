@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from lorafold.adapters.adapt import unload
-from lorafold.adapters.adapted import AdaptedLayer, Carrier, adapted_layers, carriers, plain_parameter
+from lorafold.adapters.adapted import adapted_layers
 from lorafold.adapters.fold import (
     LEAST_KEPT,
     LayerFold,
@@ -23,73 +21,44 @@ from lorafold.adapters.fold import (
     requantize,
 )
 from lorafold.adapters.lora import LoRA
-from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.adapters.targets import linear_layers
-from lorafold.adapters.tied import follows, taken_apart, tied_pair, updated_layers
+from lorafold.adapters.tied import taken_apart, updated_layers
 from lorafold.errors import FoldError, bullet_list
-from lorafold.files import replacing_folder, size_on_disk
+from lorafold.files import size_on_disk
 from lorafold.models.adapter_files import load_adapter
 from lorafold.models.bnb_folder import create_bnb
-from lorafold.models.classifier import adapter_labels, load_classifier, save_classifier, stored_type
+from lorafold.models.classifier import adapter_labels, adapter_task, load_classifier
+from lorafold.models.encoder import load_encoder
 from lorafold.models.gguf_file import DENSE
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import HEAD_TENSOR, LoadedModel, binding_of, load
 from lorafold.models.mlx_folder import MLXFolder, write_mlx
-from lorafold.models.tensors import save_tensors, untie_folder
 from lorafold.quant.codecs import GGUF_CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import QuantizedWeight, encode, steps_apart
+from lorafold.runs.fold_folder import fold_classifier, fold_folder
+from lorafold.runs.fold_report import DENSE_TYPES, FoldReport, dense_report, refuse_loss, sized
 from lorafold.runs.folder import Run
 
 Entry = tuple[str, np.ndarray]  # type name and bytes of a tensor of a GGUF file
-DENSE_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 TARGETS = (*DENSE_TYPES, *(name.lower() for name in GGUF_CODECS if GGUF_CODECS[name].encodes))
 BNB_TARGETS = {"nf4": "NF4-DQ", "int8": "INT8"}
 
 
-@dataclass(frozen=True)
-class FoldReport:
-    """What a fold did.
-
-    Attributes:
-        kind: `exact` (the trained weights themselves), `near` (rounded, 99 % kept) or `lossy`.
-        layers: matrices written.
-        kept: smallest share of a layer's update that survived.
-        mean_kept: the same over all layers, weighted alike.
-        error_steps: largest rounding error, in quantization steps (nan for dense types).
-        size_before, size_after: bytes of base and result.
-    """
-
-    kind: str
-    layers: int
-    kept: float
-    mean_kept: float
-    error_steps: float
-    size_before: int
-    size_after: int
-
-    def describe(self) -> str:
-        """One sentence."""
-        grown = self.size_after - self.size_before
-        size = "same size" if not grown else f"{grown:+,} bytes"
-        what = {
-            "exact": "it holds the trained weights exactly",
-            "near": f"every layer keeps {self.kept:.2%} of its update or more",
-            "lossy": f"{self.mean_kept:.1%} of the update is left on average, {self.kept:.1%} in the worst layer",
-        }[self.kind]
-        if self.kind == "exact" and self.kept < LEAST_KEPT:
-            what += f" (offsets in coarse steps, which hold {self.kept:.1%} of the worst layer's update)"
-        return f"{self.kind} fold of {self.layers} layers, {size}: {what}"
-
-
 def load_trained(run: Run, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
-    """The base model with the run's adapter active; of a classification run with the head it trained.
+    """The base model with the run's adapter active, and with the head that the run trained, if it trained one.
 
     Raises:
         FormatError, AdapterError: the base is gone, or its weights are not those of the run.
     """
     labels, model = adapter_labels(run.adapter), run.config.model
-    loaded = load(model, dtype, device) if labels is None else load_classifier(model, labels, dtype, device)
+    task = adapter_task(run.adapter)
+    if task == "embedding":
+        loaded = load_encoder(model, dtype, device)
+    elif labels is not None and task is not None:
+        loaded = load_classifier(model, labels, dtype, device, task)
+    else:
+        loaded = load(model, dtype, device)
     load_adapter(loaded, run.adapter)
     return loaded
 
@@ -112,13 +81,13 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
     if loaded.gguf is not None or loaded.mlx is not None or loaded.bnb is not None:
         refuse_parameters(loaded.model, "only a transformers folder is folded with these; lorafold export keeps them")
     if labels := adapter_labels(run.adapter):
-        return _fold_classifier(loaded, labels, path, to, lossy)
+        return fold_classifier(loaded, labels, path, to, lossy)
     if loaded.mlx is not None:
         return _fold_mlx(loaded, loaded.mlx, path, to, lossy)
     if loaded.bnb is not None:
         return _fold_bnb(loaded, path, to, lossy)
     if loaded.gguf is None:
-        return _fold_folder(loaded, path, to, lossy)
+        return fold_folder(loaded, path, to, lossy)
     if to not in (None, *TARGETS):
         raise FoldError(f"a GGUF file holds no {to}; it takes {', '.join(TARGETS)}")
     if run.config.adapter.method == "qa-lora" and to in (None, _own_type(loaded)):
@@ -132,11 +101,11 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
             fold(loaded.model)  # says that LoRA has no exact place, and what there is instead
         folds = requantize(loaded.model, to.upper() if to else None)
         report = _packed_report("lossy", folds, loaded)
-        _refuse_loss(report, lossy)
+        refuse_loss(report, lossy)
         replaced = _entries(loaded, folds)
     added = _head_apart(loaded, replaced)
     write_gguf(loaded.gguf, {name: entry for name, entry in replaced.items() if name not in added}, path, added)
-    return _sized(report, path)
+    return sized(report, path)
 
 
 def _head_apart(loaded: LoadedModel, replaced: dict[str, Entry]) -> dict[str, tuple[str, np.ndarray, tuple[int, ...]]]:
@@ -177,18 +146,6 @@ def _packed_report(kind: str, folds: list[LayerFold], loaded: LoadedModel) -> Fo
     )
 
 
-def _sized(report: FoldReport, path: Path) -> FoldReport:
-    return FoldReport(**{**report.__dict__, "size_after": size_on_disk(path)})
-
-
-def _refuse_loss(report: FoldReport, lossy: bool) -> None:
-    if report.kind == "lossy" and not lossy:
-        raise FoldError(
-            f"this fold would keep {report.mean_kept:.1%} of the update on average ({report.kept:.1%} in the worst "
-            "layer); pass --lossy to write it all the same, or choose --to f16"
-        )
-
-
 def _fold_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path, to: str | None, lossy: bool) -> FoldReport:
     if to is not None:
         raise FoldError(f"an MLX folder is folded in its own format, not in {to}; leave --to out")
@@ -196,7 +153,7 @@ def _fold_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path, to: str | None
         return _requantize_mlx(loaded, folder, path)
     folds = fold(loaded.model, least_kept=None if lossy else LEAST_KEPT)
     write_mlx(folder, {f.name: f.weight for f in folds}, {}, path, taken_apart(loaded.model))
-    return _sized(_packed_report("exact", folds, loaded), path)
+    return sized(_packed_report("exact", folds, loaded), path)
 
 
 @torch.no_grad()
@@ -221,8 +178,8 @@ def _requantize_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path) -> FoldR
         stored = packed[name].decode() if name in packed else plain[f"{name}.weight"].float()
         kept.append(kept_fraction(stored - before, wanted - before))
     write_mlx(folder, packed, plain, path, apart)
-    report = _dense_report(kept, size_on_disk(loaded.path))
-    return _sized(replace(report, error_steps=max(steps, default=float("nan"))), path)
+    report = dense_report(kept, size_on_disk(loaded.path))
+    return sized(replace(report, error_steps=max(steps, default=float("nan"))), path)
 
 
 @torch.no_grad()
@@ -243,8 +200,8 @@ def _dense_tensors(loaded: LoadedModel, to: str, lossy: bool) -> tuple[dict[str,
         assert to.upper() in DENSE
     if faults:
         raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults))
-    report = _dense_report(kept, size_on_disk(loaded.path))
-    _refuse_loss(report, lossy)
+    report = dense_report(kept, size_on_disk(loaded.path))
+    refuse_loss(report, lossy)
     return replaced, report
 
 
@@ -286,8 +243,8 @@ def _fold_bnb(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> F
         before, wanted = base_weight(layer.base), merged_weight(layer)
         dense[name] = wanted.to(dtype)
         kept.append(kept_fraction(dense[name].float() - before, wanted - before))
-    report = _dense_report(kept, size_on_disk(loaded.path))
-    _refuse_loss(report, lossy)
+    report = dense_report(kept, size_on_disk(loaded.path))
+    refuse_loss(report, lossy)
     if taken_apart(loaded.model):
         loaded.model.config.tie_word_embeddings = False
     for name, layer in tables.items():
@@ -297,7 +254,7 @@ def _fold_bnb(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> F
     for name, layer in plain.items():
         loaded.model.set_submodule(name, layer)
     create_bnb(path, loaded.model, loaded.tokenizer, packed, dtype)
-    return _sized(report, path)
+    return sized(report, path)
 
 
 def _encoded(name: str, weight: torch.Tensor, codec: str) -> QuantizedWeight:
@@ -317,76 +274,3 @@ def _plain_layer(layer: nn.Linear | QuantLinear, weight: torch.Tensor | None) ->
     if bias is not None:
         plain.bias = nn.Parameter(bias, requires_grad=False)
     return plain
-
-
-def _dense_report(kept: list[float], size: int) -> FoldReport:
-    kind = "near" if min(kept) >= LEAST_KEPT else "lossy"
-    return FoldReport(kind, len(kept), min(kept), sum(kept) / len(kept), float("nan"), size, 0)
-
-
-@torch.no_grad()
-def _fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> FoldReport:
-    """Merge a run into a copy of a transformers folder, each weight in the type it had."""
-    if to not in (None, *DENSE_TYPES):
-        raise FoldError(f"a transformers folder is written in {', '.join(DENSE_TYPES)}, not {to}")
-    merges = {
-        path if isinstance(carrier, AdaptedParameter) else f"{path}.weight": (path, carrier)
-        for path, carrier in carriers(loaded.model)
-        if not (isinstance(carrier, AdaptedLayer) and any(follows(a) for a in carrier.active_adapters()))
-    }
-    kept: list[float] = []
-    apart = taken_apart(loaded.model)
-    table, head = (f"{name}.weight" for name in tied_pair(loaded.model) or ("", ""))
-    head_stored = any(head in _keys(file) for file in loaded.path.glob("*.safetensors"))
-    with replacing_folder(path) as temporary:
-        for source in sorted(loaded.path.iterdir()):
-            if source.is_file() and source.suffix != ".safetensors":
-                (temporary / source.name).write_bytes(source.read_bytes())
-        for source in sorted(loaded.path.glob("*.safetensors")):
-            with safe_open(source, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                header = file.metadata()
-            if apart is not None and table in tensors and not head_stored:
-                tensors[head] = tensors[table].clone()
-            if apart is None and head in tensors and table in merges:
-                merges[head] = merges[table]
-            for key in tensors.keys() & merges.keys():
-                before, wanted = _before_and_after(loaded.model, *merges.pop(key))
-                tensors[key] = wanted.to(DENSE_TYPES[to] if to else tensors[key].dtype)
-                kept.append(kept_fraction(tensors[key].float() - before, wanted - before))
-            save_tensors(temporary / source.name, tensors, header)
-            if apart is not None and head in tensors:
-                untie_folder(temporary, {head: source.name})
-        if merges:
-            raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(merges)[:5]))
-        report = _dense_report(kept, size_on_disk(loaded.path))
-        _refuse_loss(report, lossy)
-    return _sized(report, path)
-
-
-def _keys(file: Path) -> list[str]:
-    with safe_open(file, "pt") as opened:
-        return opened.keys()
-
-
-@torch.no_grad()
-def _fold_classifier(loaded: LoadedModel, labels: list[str], path: Path, to: str | None, lossy: bool) -> FoldReport:
-    """Write a classifier with what it learned as a folder that transformers loads, in the base's type."""
-    if to not in (None, *DENSE_TYPES):
-        raise FoldError(f"a transformers folder is written in {', '.join(DENSE_TYPES)}, not {to}")
-    dtype = DENSE_TYPES[to] if to else stored_type(loaded.path)
-    pairs = (_before_and_after(loaded.model, *carrier) for carrier in carriers(loaded.model))
-    kept = [kept_fraction(wanted.to(dtype).float() - before, wanted - before) for before, wanted in pairs]
-    report = _dense_report(kept, size_on_disk(loaded.path))
-    _refuse_loss(report, lossy)
-    save_classifier(unload(loaded.model, merge=True), loaded, labels, dtype, path)
-    return _sized(report, path)
-
-
-def _before_and_after(model: nn.Module, path: str, carrier: Carrier) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight or parameter in float32 without its adapters, and with them."""
-    if isinstance(carrier, AdaptedParameter):
-        plain = plain_parameter(model, path)
-        assert plain is not None
-        return plain.detach().float(), carrier(plain).detach().float()
-    return base_weight(carrier.base), merged_weight(carrier)

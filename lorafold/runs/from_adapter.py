@@ -13,7 +13,7 @@ from lorafold.adapters.targets import ALL_LINEAR
 from lorafold.config import METHODS, MOVING, AdapterSpec, RunConfig
 from lorafold.data.tokens import Tokens
 from lorafold.errors import ConfigError, bullet_list
-from lorafold.models.adapter_files import load_adapter, stated_spec
+from lorafold.models.adapter_files import load_adapter, read_spec
 from lorafold.models.load import LoadedModel
 from lorafold.runs.eva import inject_for
 from lorafold.runs.folder import ADAPTER, CONFIG
@@ -32,7 +32,7 @@ def adopted(config: RunConfig, given: Collection[str] = ()) -> RunConfig:
     if config.from_adapter is None:
         return config
     folder = config.from_adapter / ADAPTER if (config.from_adapter / CONFIG).is_file() else config.from_adapter
-    spec, stated = stated_spec(folder)
+    spec, stated = read_spec(folder)
     if METHODS[spec.method].whole:
         raise ConfigError(
             f"{folder} holds a model trained by --method {spec.method}, and no adapter: fold it (lorafold fold) and "

@@ -81,7 +81,7 @@ def left_of(config: RunConfig, workers: int = 1) -> Left:
     if state is None:
         return Left()
     lines = lines_of(path / METRICS)[: state.metrics]
-    if len(lines) < state.metrics or not (path / SAMPLES).is_file():
+    if len(lines) < state.metrics or (config.task.continues and not (path / SAMPLES).is_file()):
         raise ConfigError(f"{path} is damaged: {METRICS} or {SAMPLES} lacks what was there at {there[-1].name}")
     same = all(getattr(old.training, key) == getattr(config.training, key) for key in _PLANNING)
     return Left(False, there[-1], state, lines, state.plan if same else None)

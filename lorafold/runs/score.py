@@ -1,4 +1,4 @@
-"""How well classifiers do on the same rows: folders as they are, and a base with what runs have learned."""
+"""How well models do a task on the same rows: folders as they are, and a base with what runs have learned."""
 
 from __future__ import annotations
 
@@ -7,39 +7,53 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.config import RowsConfig, TaskConfig
-from lorafold.errors import AdapterError
-from lorafold.evals.classes import Scores
+from lorafold.errors import AdapterError, ConfigError
+from lorafold.evals.figures import Figures
 from lorafold.models.adapter_files import load_adapter
-from lorafold.models.classifier import adapter_labels, known_labels, load_classifier
 from lorafold.models.load import compute_dtype
 from lorafold.runs.folder import CONFIG, read_run
-from lorafold.runs.labelled import Texts, all_texts, held_out_texts, tokenize_texts
-from lorafold.train.classify import evaluate_classes
+from lorafold.runs.raw_rows import all_rows, held_out_rows
+from lorafold.runs.tasks import Task, task_of
+from lorafold.train.loop import MICRO_BATCH_TOKENS
+from lorafold.train.objectives import evaluate_rows
 
 
-def texts_of(data: RowsConfig, task: TaskConfig) -> Texts:
-    """All rows of the data (up to `limit`); of a run folder its held-out rows."""
-    return held_out_texts(read_run(data.data)) if (data.data / CONFIG).is_file() else all_texts(data, task)
+def rows_of(data: RowsConfig, config: TaskConfig) -> tuple[Task, list[Any], int]:
+    """The task, all rows of the data (up to `limit`) and the tokens kept of each; of a run folder as the run had them.
+
+    Raises:
+        ConfigError: the run had another task.
+        DataError: the rows are not what the task needs, or those of the run have changed.
+    """
+    if not (data.data / CONFIG).is_file():
+        task = task_of(config)
+        return task, all_rows(data, task), data.max_length
+    run = read_run(data.data)
+    if run.config.task.task != config.task:
+        raise ConfigError(f"{run.path} is a run of --task {run.config.task.task}, not of --task {config.task}")
+    return *held_out_rows(run), run.config.data.max_length
 
 
 def score(
+    task: Task,
     model: str,
     adapter: Path | None,
-    rows: Texts,
+    rows: list[Any],
     max_length: int,
     dtype: str,
     progress: Callable[..., Any] | None = None,
-) -> Scores:
-    """Figures of a classifier, alone or with an adapter.
+) -> Figures:
+    """Figures of a model, alone or with an adapter.
 
     Raises:
-        AdapterError: neither the folder nor the adapter has a trained head.
+        AdapterError: neither the folder nor the adapter has a trained head for the task.
         DataError: rows have labels that the model does not.
     """
-    labels = adapter_labels(adapter) if adapter else known_labels(model)
-    if labels is None:
-        raise AdapterError(f"{adapter or model} has no trained head for classification; train one first")
-    loaded = load_classifier(model, labels, compute_dtype(dtype))
+    trained = task.trained(model, adapter)
+    if trained is None:
+        raise AdapterError(f"{adapter or model} has no trained head for {task.config.task}; train one first")
+    loaded = trained.load(model, compute_dtype(dtype))
     if adapter:
         load_adapter(loaded, adapter)
-    return evaluate_classes(loaded, tokenize_texts(rows, labels, loaded.tokenizer, max_length), progress=progress)
+    tokens = trained.tokenized(rows, loaded, max_length).rows
+    return evaluate_rows(trained.objective, loaded, tokens, MICRO_BATCH_TOKENS, progress)

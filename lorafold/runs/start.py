@@ -89,7 +89,7 @@ def _start(config: RunConfig, display: Display, resume: bool, workers: Workers) 
             session = _prepare(config, display, left or Left(), workers)
         workers.agree(int(session.data.fingerprint[:15], 16), "the workers have read different training data")
         with workers.together():
-            session.folder = _folder(config, left) if workers.first else None
+            session.folder = open_folder(config, left) if workers.first else None
         summary = session.run()
         if session.folder is not None:
             session.folder.summary({**summary, "wall_seconds": time.perf_counter() - began})
@@ -102,7 +102,12 @@ def _start(config: RunConfig, display: Display, resume: bool, workers: Workers) 
     return run
 
 
-def _folder(config: RunConfig, left: Left | None) -> RunFolder:
+def open_folder(config: RunConfig, left: Left | None) -> RunFolder:
+    """The run folder, new or with what an earlier process has left of a run that goes on.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
     if left is not None and config.output_dir.is_dir():
         sweep(config.output_dir)
     folder = RunFolder(config.output_dir, None if left is None else left.metrics)

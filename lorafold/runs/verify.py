@@ -119,7 +119,7 @@ def _verify_mlx(path: Path, trained: LoadedModel, adapt: str) -> list[Check]:
 
 def _own_mlx_head(base: MLXFolder, file: MLXFolder, added: Collection[str], apart: tuple[str, str]) -> Check:
     """The head's tensors are those of the base's embedding but for what was trained, and config.json says so."""
-    changed = [name for name in added if _sha(file.raw(name)) != _sha(base.raw(name.replace(*reversed(apart), 1)))]
+    changed = [name for name in added if _sha(file.raw(name)) != _sha(base.raw(name.replace(apart[1], apart[0], 1)))]
     config = json.loads((file.path / "config.json").read_text(encoding="utf-8"))
     codes = [name for name in changed if name.endswith(".weight")]
     detail = ", ".join(changed) or f"the bytes of {apart[0]}"

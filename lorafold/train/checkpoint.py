@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,18 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: State,
     ranks: MovingRanks | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint; the folder appears whole or not at all, also if the machine stops.
+
+    Args:
+        notes: what else the header of the adapter's tensors says.
 
     Raises:
         OutputError: it cannot be written.
     """
     with replacing_folder(folder) as temporary:
-        save_adapter(temporary, loaded, spec)
+        save_adapter(temporary, loaded, spec, notes=notes)
         tensors = {
             f"{name}.{key}": value.detach().cpu().contiguous()
             for name, parameter in _trained(loaded).items()

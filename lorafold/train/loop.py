@@ -177,7 +177,7 @@ def _one_step(
     ranks: MovingRanks | None,
 ) -> Step:
     began = time.perf_counter()
-    _seed_step(loaded.device, config.seed, step, workers.rank)
+    seed_step(loaded.device, config.seed, step, workers.rank)
     supervised = sum(sum(row.supervised) for row in batch)
     limit = config.max_grad_norm or math.inf
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -237,7 +237,7 @@ def _add_gradients(
     return sum(values)
 
 
-def _seed_step(device: torch.device, seed: int, step: int, worker: int) -> None:
+def seed_step(device: torch.device, seed: int, step: int, worker: int = 0) -> None:
     """Seed what is dropped out in a step, so that a run that goes on needs no random states of the one before."""
     number = int.from_bytes(hashlib.sha256(f"{seed}:{step}:{worker}".encode()).digest()[:8], "little")
     if device.type == "cuda":

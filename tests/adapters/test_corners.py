@@ -22,7 +22,8 @@ from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError
 from lorafold.models.adapter_files import attach_tensors, load_adapter, save_adapter
 from lorafold.models.load import load
-from lorafold.models.peft_format import spec_of, stored_tensors
+from lorafold.models.peft_config import spec_of
+from lorafold.models.peft_format import stored_tensors
 from tests.practice import lora_like, tiny_folder
 
 peft = pytest.importorskip("peft")

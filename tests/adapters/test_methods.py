@@ -18,7 +18,8 @@ from lorafold.adapters.adapted import adapter_names, carriers
 from lorafold.adapters.inject import adapter_state
 from lorafold.config import AdapterSpec
 from lorafold.models.adapter_files import attach_tensors, write_adapter_folder
-from lorafold.models.peft_format import PREFIX, spec_of, stored_config, stored_names, stored_tensors
+from lorafold.models.peft_config import spec_of
+from lorafold.models.peft_format import PREFIX, stored_config, stored_names, stored_tensors
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")

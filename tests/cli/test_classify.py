@@ -19,7 +19,7 @@ from lorafold.data.labels import Labelled
 from lorafold.models.classifier import load_classifier
 from lorafold.runs.fold import load_trained
 from lorafold.runs.folder import read_run
-from lorafold.train.classify import logits_of_rows
+from lorafold.train.objectives import logits_of_rows
 from tests.practice import command, tiny_folder
 from tests.tiny import tiny_gguf, tiny_model
 from tests.tiny_classifier import labelled_rows, tiny_bert, write_rows
@@ -191,6 +191,12 @@ def test_whole_numbers_and_templates(tmp_path: Path) -> None:
     assert command("train", tiny_bert(tmp_path / "m"), "--task", "classification", "--data", data, *options,
                    "--output-dir", tmp_path / "run") == 0  # fmt: skip
     assert summary(tmp_path / "run")["labels"] == ["9", "10", "11"]
+    names = [*map(str, range(9)), "nine", "ten", "eleven"]
+    assert command("train", tmp_path / "m", "--task", "classification", "--data", data, *options,
+                   "--label-names", *names, "--output-dir", tmp_path / "named") == 0  # fmt: skip
+    counts = [sum(row) for row in summary(tmp_path / "named")["confusion_after"]]
+    assert summary(tmp_path / "named")["labels"] == names
+    assert counts[9:] == [sum(row) for row in summary(tmp_path / "run")["confusion_after"]]
 
 
 def test_a_pooler_that_the_folder_lacks_is_trained(tmp_path: Path, rows: Path) -> None:
@@ -209,8 +215,7 @@ BAD: dict[str, tuple[list[object], list[str]]] = {
     "qa-lora": (["--method", "qa-lora"], ["--method lora"]),
     "prompt": (["--prompt", "{text}", "--completion", "{label}"], ["prompt means nothing", "completion means nothing"]),
     "memory": (["--memory", "2GB"], ["memory means nothing"]),
-    "checkpoints": (["--save-steps", "5"], ["save_steps means nothing"]),
-    "resume": (["--resume"], ["no resume"]),
+    "prefixes": (["--shared-prefix-tokens", "5"], ["shared_prefix_tokens means nothing"]),
     "eva": (["--init-lora-weights", "eva"], ["eva is for language models"]),
     "lora+": (["--method", "head", "--loraplus-lr-ratio", "4"], ["for adapters with a B"]),
     "foreign": (["--method", "full", "--r", "4"], ["r means nothing to full"]),

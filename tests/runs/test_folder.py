@@ -39,7 +39,7 @@ CONFIG = RunConfig(
     TrainingConfig(
         2, 3, 0.5, 16.0, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, 5, 6, True, 99, "2GB", 30, True, "float32", "cpu", 8, 1, 2
     ),
-    TaskConfig("classification", "{title}", "stars"),
+    TaskConfig("classification", "{title}", "stars", label_names=("good", "bad")),
     Path("/adapters/start"),
 )
 MOVES = replace(  # what does not go with the rest above
@@ -73,7 +73,8 @@ def test_the_example_sets_every_option() -> None:
     plain = RunConfig("other", Path("other"), DataConfig(Path("other")))
     default, moves = plain.to_dict(), MOVES.to_dict()
     same = [key for key, value in CONFIG.to_dict().items() if value == default[key] == moves[key]]
-    assert same == ["adapt", "k_quants", "d_initial", "layers"]  # of other methods than lora
+    other_tasks = ["words_column", "tags_column", "anchor", "positive", "negative", "scale"]
+    assert same == [*other_tasks, "adapt", "k_quants", "d_initial", "layers"]  # of other methods than lora
     assert set(CONFIG.to_dict()) == set(option_names())
 
 
@@ -82,6 +83,15 @@ def test_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
     assert read_run(tmp_path / "run").config == CONFIG
     finished(tmp_path / "moves", MOVES).close()
     assert read_run(tmp_path / "moves").config == MOVES
+    names = ("O", "B-PER", "I-PER")
+    for number, task in enumerate(
+        (
+            TaskConfig("token-classification", words_column="w", tags_column="t", label_names=names),
+            TaskConfig("embedding", anchor="{q}", positive="{a}", negative="{no}", scale=5.0),
+        )
+    ):
+        finished(tmp_path / str(number), replace(CONFIG, task=task)).close()
+        assert read_run(tmp_path / str(number)).config.task == task
     default = RunConfig("m", Path("o"), DataConfig(Path("d"))).resolved()
     finished(tmp_path / "default", default).close()
     assert read_run(tmp_path / "default").config == default

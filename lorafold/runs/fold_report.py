@@ -1,0 +1,73 @@
+"""What a fold did to the updates, in figures, and whether it may be written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorafold.adapters.fold import LEAST_KEPT
+from lorafold.errors import FoldError
+from lorafold.files import size_on_disk
+
+DENSE_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What a fold did.
+
+    Attributes:
+        kind: `exact` (the trained weights themselves), `near` (rounded, 99 % kept) or `lossy`.
+        layers: matrices written.
+        kept: smallest share of a layer's update that survived.
+        mean_kept: the same over all layers, weighted alike.
+        error_steps: largest rounding error, in quantization steps (nan for dense types).
+        size_before, size_after: bytes of base and result.
+    """
+
+    kind: str
+    layers: int
+    kept: float
+    mean_kept: float
+    error_steps: float
+    size_before: int
+    size_after: int
+
+    def describe(self) -> str:
+        """One sentence."""
+        grown = self.size_after - self.size_before
+        size = "same size" if not grown else f"{grown:+,} bytes"
+        what = {
+            "exact": "it holds the trained weights exactly",
+            "near": f"every layer keeps {self.kept:.2%} of its update or more",
+            "lossy": f"{self.mean_kept:.1%} of the update is left on average, {self.kept:.1%} in the worst layer",
+        }[self.kind]
+        if self.kind == "exact" and self.kept < LEAST_KEPT:
+            what += f" (offsets in coarse steps, which hold {self.kept:.1%} of the worst layer's update)"
+        return f"{self.kind} fold of {self.layers} layers, {size}: {what}"
+
+
+def sized(report: FoldReport, path: Path) -> FoldReport:
+    """The report with the bytes of the result that lies at a path."""
+    return FoldReport(**{**report.__dict__, "size_after": size_on_disk(path)})
+
+
+def refuse_loss(report: FoldReport, lossy: bool) -> None:
+    """Refuse a fold that loses some of the update, unless that was asked for.
+
+    Raises:
+        FoldError: it does.
+    """
+    if report.kind == "lossy" and not lossy:
+        raise FoldError(
+            f"this fold would keep {report.mean_kept:.1%} of the update on average ({report.kept:.1%} in the worst "
+            "layer); pass --lossy to write it all the same, or choose --to f16"
+        )
+
+
+def dense_report(kept: list[float], size: int) -> FoldReport:
+    """The report of weights that are written as plain numbers: what is left of each update, and the base's bytes."""
+    kind = "near" if min(kept) >= LEAST_KEPT else "lossy"
+    return FoldReport(kind, len(kept), min(kept), sum(kept) / len(kept), float("nan"), size, 0)

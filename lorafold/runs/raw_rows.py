@@ -1,0 +1,83 @@
+"""From a data configuration to rows as a task reads them: training rows and held-out rows, before they are tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorafold.config import DataConfig, RowsConfig, RunConfig
+from lorafold.data.read import Rows, has_split, read_rows, split_rows
+from lorafold.errors import DataError
+from lorafold.runs.folder import Run
+from lorafold.runs.tasks import Task, task_of
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """Rows of a run as its task reads them.
+
+    Attributes:
+        train, held_out: the rows.
+        fingerprint: sha256 of the training file(s).
+        eval_fingerprint: sha256 of the held-out file(s); None when a part of the data was held out.
+    """
+
+    train: list[Any]
+    held_out: list[Any]
+    fingerprint: str
+    eval_fingerprint: str | None
+
+
+def read_raw(config: RunConfig, task: Task) -> RawRows:
+    """Read training and held-out rows.
+
+    Raises:
+        DataError: whatever is wrong with the files, rows or templates.
+    """
+    data = config.data
+    split = "train" if data.data.is_dir() and has_split(data.data, "train") else None
+    rows, other = read_rows(data.data, split), _other_rows(data)
+    if other is None:
+        train, held = split_rows(rows, data.eval_fraction, config.training.seed, data.limit)
+        held = held[: data.eval_limit]
+    else:
+        train, held = range(len(rows))[: data.limit], range(len(other))[: data.eval_limit]
+    return RawRows(
+        task.read(rows, train),
+        task.read(rows if other is None else other, held),
+        rows.fingerprint(),
+        other.fingerprint() if other else None,
+    )
+
+
+def held_out_rows(run: Run) -> tuple[Task, list[Any]]:
+    """The task of a run and its held-out rows.
+
+    Raises:
+        DataError: the run's data have changed since.
+    """
+    task = task_of(run.config.task)
+    read = read_raw(run.config, task)
+    now = (read.fingerprint, read.eval_fingerprint)
+    if now != (run.summary.get("data_sha256", now[0]), run.summary.get("eval_data_sha256", now[1])):
+        raise DataError(
+            f"{run.config.data.data}: changed since the run was trained, so its held-out rows are no longer known; put "
+            "the old file back, or give other rows with --data"
+        )
+    return task, read.held_out
+
+
+def all_rows(config: RowsConfig, task: Task) -> list[Any]:
+    """All rows of the data, up to `limit`."""
+    rows = read_rows(config.data)
+    return task.read(rows, range(len(rows))[: config.limit])
+
+
+def _other_rows(config: DataConfig) -> Rows | None:
+    """Held-out rows that do not come from the training rows: eval_data, or the split of a folder."""
+    if config.eval_data is not None:
+        return read_rows(config.eval_data)
+    if config.data.is_dir() and has_split(config.data, "train"):
+        found = next((split for split in ("valid", "dev", "test") if has_split(config.data, split)), None)
+        return read_rows(config.data, found) if found else None
+    return None
