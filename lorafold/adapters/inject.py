@@ -111,6 +111,8 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = "default") -> Inject
         refuse_other_uses(model, path, path in every_use)
     if spec.init_lora_weights == "eva":
         raise AdapterError("init_lora_weights eva begins with what layers see of rows, which lorafold train gives them")
+    if spec.target_r is not None:
+        raise AdapterError("target_r moves ranks while training, which lorafold train does")
     if spec.method == "qa-lora":  # last of what may refuse, since it changes the base
         result.promoted = prepare_group_bases(layers, targets, spec)
     made: dict[str, nn.Module] = {}

@@ -21,7 +21,7 @@ def expand_config(arguments: list[str]) -> list[str]:
     arguments, path = _take_config(arguments)
     if path is None:
         return arguments
-    given = {_key(a) for a in arguments if a.startswith("--")}
+    given = given_options(arguments)
     has_model = len(arguments) > 1 and not arguments[1].startswith("-")
     options: list[str] = []
     for key, value in _read(path).items():
@@ -29,6 +29,11 @@ def expand_config(arguments: list[str]) -> list[str]:
             continue
         options += _as_options(key, value)
     return arguments + options
+
+
+def given_options(arguments: list[str]) -> set[str]:
+    """Names of the options on a command line."""
+    return {_key(a) for a in arguments if a.startswith("--")}
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:

@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 import lorafold
 from lorafold.cli import adapters, demo, evaluate, export, fold, generate, preview, quantize, train, verify
-from lorafold.cli.config_file import expand_config
+from lorafold.cli.config_file import expand_config, given_options
 from lorafold.config import gather_faults, workers_of
 from lorafold.errors import LoraFoldError
 
@@ -42,8 +42,10 @@ def run(arguments: list[str]) -> int:
         arguments = arguments[1:]
     try:
         with gather_faults():  # the groups of options are made one by one while the line is parsed
-            command, bound, _ = app.parse_args(expand_config(arguments), exit_on_error=False, print_error=False)
-        result = command(*bound.args, **bound.kwargs)
+            line = expand_config(arguments)
+            command, bound, ignored = app.parse_args(line, exit_on_error=False, print_error=False)
+        told = {"given": given_options(line)} if "given" in ignored else {}
+        result = command(*bound.args, **bound.kwargs, **told)
     except (LoraFoldError, CycloptsError) as error:
         _complain(str(error))
         return 2

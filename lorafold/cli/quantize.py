@@ -25,7 +25,8 @@ def quantize(
 
     A GGUF model becomes a GGUF file (Q4_1, Q5_1) when the output ends in .gguf; any model becomes an MLX folder (2 to 8
     bits) otherwise. Calibrated on the first 128 rows of --data, or on --limit of them. After an interruption the same
-    command goes on where it stopped.
+    command goes on where it stopped. With --loftq-r a LoRA is written beside the output that gives back a part of what
+    was lost, for train --from-adapter.
 
     Args:
         model: 16-bit model: transformers folder, GGUF file, hub id; a quantized one is decoded first.
@@ -37,15 +38,17 @@ def quantize(
     from lorafold.models.load import load
     from lorafold.runs import display as shown
     from lorafold.runs.blocks import find_blocks
+    from lorafold.runs.loftq import start_folder
     from lorafold.runs.prepare import all_rows
     from lorafold.runs.quantize import quantize_model
 
     config = options or QuantizeConfig()
-    if rows is not None and (config.format != "affine" or config.method == "rtn"):
-        raise ConfigError(
-            f"data is for calibration, which {config.method or config.format} does not need; leave it out"
-        )
+    if rows is not None and (config.format != "affine" or config.method == "rtn" or config.loftq_r):
+        unneeded = "loftq_r" if config.loftq_r else config.method or config.format
+        raise ConfigError(f"data is for calibration, which {unneeded} does not need; leave it out")
     check_output(output, overwrite)
+    if config.loftq_r:
+        check_output(start_folder(output), overwrite)
     display = shown.Display()
     loaded = load(model)
     tokens = None
@@ -57,4 +60,5 @@ def quantize(
         report = quantize_model(loaded, tokens, config, output, done)
     shown.output(f"{output}: {report.describe()}")
     method = "" if config.format == "affine" else " --method lora"
+    method = method if report.start is None else f" --from-adapter {report.start}"
     shown.output(f"next: lorafold train {output}{method} --data ...")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +21,10 @@ def train(
     adapter: Annotated[AdapterSpec, _FLAT] = AdapterSpec(),  # noqa: B008
     training: Annotated[TrainingConfig, _FLAT] = TrainingConfig(),  # noqa: B008
     output_dir: Annotated[Path, Parameter(name=["--output-dir", "-o"])] = Path("lorafold-run"),
+    from_adapter: Path | None = None,
     config: Path | None = None,
     resume: bool = False,
+    given: Annotated[Collection[str], Parameter(parse=False)] = (),
 ) -> None:
     """Tune a model on your rows; writes a run folder with adapter, metrics and report.
 
@@ -30,8 +33,10 @@ def train(
     Args:
         model: a .gguf file, a transformers folder or hub id, or smollm2 (the embedded default).
         output_dir: run folder to write; it must not exist, or be empty.
+        from_adapter: adapter folder (also PEFT's or MLX's) or run to go on training; it says method, rank and layers.
         config: YAML file with any of these options; the command line wins.
         resume: go on with the run in output_dir from its last checkpoint (see save_steps), or begin it.
+        given: names of the options on the command line.
     """
     import os
 
@@ -40,10 +45,11 @@ def train(
     from lorafold.models.classifier import is_quantized
     from lorafold.runs.classify import classify
     from lorafold.runs.display import Display, output
+    from lorafold.runs.from_adapter import adopted
     from lorafold.runs.start import start_worker
 
     del config  # expanded before parsing
-    wanted = RunConfig(model, output_dir, data, adapter, training, task)
+    wanted = RunConfig(model, output_dir, data, adapter, training, task, from_adapter)
     if task.classifies:
         if resume or workers_of(os.environ):
             raise ConfigError(
@@ -51,7 +57,7 @@ def train(
             )
         run = classify(wanted, Display())
     else:
-        run = start_worker(wanted, Display(), resume)
+        run = start_worker(adopted(wanted, given), Display(), resume)
     if run is None:  # the first worker speaks for all
         return
     s = run.summary

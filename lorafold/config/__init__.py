@@ -4,7 +4,7 @@ Names that PEFT, transformers and TRL users know keep their meaning. Each field 
 is declared, checked in `__post_init__`, and written resolved into a run's `config.yaml`.
 """
 
-from lorafold.config.adapter import DEFAULT_LEARNING_RATE, FULL, METHODS, AdapterSpec
+from lorafold.config.adapter import DEFAULT_LEARNING_RATE, FULL, METHODS, MOVING, AdapterSpec
 from lorafold.config.arithmetic import CombineConfig, RankConfig
 from lorafold.config.checks import check_positive, gather_faults
 from lorafold.config.data import DataConfig, RowsConfig
@@ -18,6 +18,7 @@ __all__ = [
     "DEFAULT_LEARNING_RATE",
     "FULL",
     "METHODS",
+    "MOVING",
     "AdapterSpec",
     "CombineConfig",
     "DataConfig",

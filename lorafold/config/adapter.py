@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from lorafold.config.checks import refuse
 
 FULL = "full"
+MOVING = ("target_r", "tinit", "tfinal", "delta_t", "beta1", "beta2")  # how ranks move while training
 INITIALIZATIONS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")  # and pissa_niter_N
 
 
@@ -51,6 +52,7 @@ METHODS = {
             "bias",
             "modules_to_save",
             "ensure_weight_tying",
+            *MOVING,
         ),
         1e-3,
     ),
@@ -88,6 +90,13 @@ class AdapterSpec:
         init_lora_weights: how A and B begin: `kaiming` (A uniform, B zero), `gaussian`, `orthogonal`, `pissa` (the
             largest singular vectors, arXiv 2404.02948; `pissa_niter_N` is the fast approximation), `olora` (QR, arXiv
             2406.01775), or `eva` (the inputs' largest singular vectors, arXiv 2410.07170).
+        target_r: AdaLoRA's adaptive ranks (arXiv 2303.10512; lora only): layers begin with r, and during training the
+            ranks of all layers together fall to target_r a layer, kept where they matter most; alpha / r stays. At the
+            end each layer has its own rank, and one that keeps none is not adapted.
+        tinit: steps before ranks begin to fall; default 15 % of the run.
+        tfinal: steps after they have fallen; default 35 % of the run.
+        delta_t: steps from one decision about ranks to the next (PEFT's deltaT); default 1 % of the run.
+        beta1, beta2: how slowly the importance of a rank, and its uncertainty, follow the gradients.
         rank_pattern, alpha_pattern: regular expressions of layer names -> rank, alpha, where these differ.
         bias: which biases are trained: `none`, `all`, or `lora_only` (those of adapted layers).
         modules_to_save: names of modules that are trained whole and stored with the adapter, such as a new head.
@@ -112,6 +121,12 @@ class AdapterSpec:
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: str = "kaiming"
+    target_r: int | None = None
+    tinit: int | None = None
+    tfinal: int | None = None
+    delta_t: int | None = None
+    beta1: float = 0.85
+    beta2: float = 0.85
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -152,7 +167,7 @@ class AdapterSpec:
             faults.append("target_modules is empty; all-linear adapts every linear layer but the head")
         if any(number < 0 for number in self.layers_to_transform):
             faults.append("layers_to_transform counts blocks from 0; it holds a negative number")
-        return faults + self._pattern_faults() + self._initialization_faults()
+        return faults + self._pattern_faults() + self._initialization_faults() + self._moving_faults()
 
     def _foreign_options(self) -> list[str]:
         """Options that were given and mean nothing to this method."""
@@ -189,6 +204,39 @@ class AdapterSpec:
             return ["init_lora_weights orthogonal splits the rank in halves; give an even r"]
         return []
 
+    def _moving_faults(self) -> list[str]:
+        """What is wrong with ranks that move."""
+        if self.target_r is None:
+            given = [name for name in MOVING if getattr(self, name) != AdapterSpec.__dataclass_fields__[name].default]
+            return [f"{name} is about ranks that move; give target_r as well" for name in given]
+        faults = [
+            f"{name} is {value!r}; it must be a whole number of at least {least}"
+            for name, least in (("target_r", 1), ("tinit", 0), ("tfinal", 0), ("delta_t", 1))
+            if (value := getattr(self, name)) is not None and (type(value) is not int or value < least)
+        ]
+        faults += [
+            f"{name} is {getattr(self, name)}; it must lie between 0 and 1"
+            for name in ("beta1", "beta2")
+            if not 0 < getattr(self, name) < 1
+        ]
+        if not faults and isinstance(self.r, int) and self.target_r >= self.r and not self.rank_pattern:
+            faults.append(f"target_r is {self.target_r} and r is {self.r}: ranks fall from r, so give a larger r")
+        why = {
+            "use_dora": (self.use_dora, "a layer without ranks would keep its learned lengths, and could not be left"),
+            "target_parameters": (self.target_parameters, "experts share one rank, and none of them can lose its own"),
+            "init_lora_weights eva": (self.init_lora_weights == "eva", "it shares out the ranks itself, beforehand"),
+        }
+        if self.init_lora_weights not in ("kaiming", "gaussian", "eva"):
+            reason = "its ranks are nothing only together, so taking one away would change the model"
+            why[f"init_lora_weights {self.init_lora_weights}"] = (True, reason)
+        faults += [f"target_r does not go with {name}: {reason}" for name, (on, reason) in why.items() if on]
+        return faults
+
+    @property
+    def begun(self) -> AdapterSpec:
+        """The spec with which a run whose ranks move begins."""
+        return replace(self, **{name: AdapterSpec.__dataclass_fields__[name].default for name in MOVING})
+
     @property
     def alpha(self) -> float:
         """lora_alpha, or its default."""
@@ -217,7 +265,8 @@ class AdapterSpec:
             return f"last {self.layers} layers" if self.method == "last-layers" else self.method
         what = {"offset": "", "scale": " scales", "both": " offsets and scales"}[self.adapt]
         start = "" if self.init_lora_weights == "kaiming" else f" {self.init_lora_weights}"
-        return f"{'dora' if self.use_dora else self.method} r={self.r}{what}{start}"
+        rank = f"r={self.r}" if self.target_r is None else f"r={self.r} to {self.target_r}"
+        return f"{'dora' if self.use_dora else self.method} {rank}{what}{start}"
 
     @property
     def default_learning_rate(self) -> float:

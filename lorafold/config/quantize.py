@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lorafold.config.checks import refuse
+from lorafold.config.checks import not_positive, refuse
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class QuantizeConfig:
     method: Literal["rtn", "search", "gptq"] | None = None
     embedding_bits: Literal[2, 3, 4, 5, 6, 8, 16] = 8
     stored: Literal["float16", "bfloat16"] | None = None
+    loftq_r: int | None = None
+    loftq_steps: int = 5
 
     def __post_init__(self) -> None:
         faults = []
@@ -40,4 +42,12 @@ class QuantizeConfig:
             plain = {"bits": 4, "group_size": 32, "method": None, "embedding_bits": 8}
             given = [name for name, default in plain.items() if getattr(self, name) != default]
             faults += [f"{name} means nothing to {self.format}, whose values are fixed" for name in given]
+        faults += not_positive(self, "loftq_r", "loftq_steps")
+        if self.loftq_r is None and self.loftq_steps != 5:
+            faults.append("loftq_steps counts the steps of LoftQ; give its rank as well, loftq_r")
+        if self.loftq_r is not None and self.method == "gptq":
+            faults.append(
+                "loftq_r brings weights near to what they were, and gptq moves them away from that for the sake of the "
+                "layers' outputs on rows: choose --method search or rtn"
+            )
         refuse(faults)

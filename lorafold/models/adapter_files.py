@@ -113,6 +113,15 @@ def read_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
         raise AdapterError(f"{folder / CONFIG} is incomplete or impossible: {error}") from None
 
 
+def stated_spec(folder: Path) -> tuple[AdapterSpec, dict[str, Any]]:
+    """`read_spec` of a folder of ours, PEFT's or MLX's, whose configuration is empty.
+
+    Raises:
+        AdapterError: as there.
+    """
+    return _read_mlx(folder)[:2] if (folder / MLX_WEIGHTS).is_file() else read_spec(folder)
+
+
 def load_adapter(loaded: LoadedModel, folder: Path, name: str = "default") -> Injection:
     """Put the adapter of a folder, ours, PEFT's or MLX's, on a model and make it active.
 

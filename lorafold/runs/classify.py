@@ -85,6 +85,10 @@ def _refuse_meaningless(config: RunConfig) -> None:
     ]
     if config.adapter.init_lora_weights == "eva":
         faults.append("init_lora_weights eva is for language models so far")
+    if config.from_adapter is not None:
+        faults.append("from_adapter is for language models so far")
+    if config.adapter.target_r is not None:
+        faults.append("target_r is for language models so far")
     if config.adapter.method == "qa-lora" and not is_quantized(config.model):
         faults.append("qa-lora learns offsets of a quantized base; use --method lora, which takes this model as it is")
     if faults:

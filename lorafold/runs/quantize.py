@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-import lorafold
+from lorafold.adapters.lowrank import LowRank
 from lorafold.adapters.targets import HEADS, linear_layers
 from lorafold.config import QuantizeConfig
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.tokens import Tokens
 from lorafold.errors import FormatError, bullet_list
-from lorafold.files import OutputError, replacing, size_on_disk, write_text
+from lorafold.files import size_on_disk
 from lorafold.models.architectures import ROPE_FACTORS
 from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.gguf_write import file_order, write_gguf
-from lorafold.models.load import MODEL_TYPES, LoadedModel, compute_dtype
+from lorafold.models.load import MODEL_TYPES, LoadedModel
 from lorafold.models.mlx_folder import create_mlx
-from lorafold.models.tensors import save_tensors
 from lorafold.quant.calibrate import Method, quantize
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.mlx import GROUPS, mlx_codec
 from lorafold.quant.weight import QuantizedWeight, encode
 from lorafold.runs.blocks import BlockWalk, find_blocks
+from lorafold.runs.loftq import Fitted, alternate, save_start
+from lorafold.runs.partial import Partial
 
 _GGUF_TYPES = {4: "Q4_1", 5: "Q5_1", 8: "Q8_0"}
 _STORED = {"float16": "F16", "bfloat16": "BF16"}
 _PACK_TOKENS = 1024
-_STATE = "quantize.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,8 @@ class QuantizeReport:
         outer: whether embedding and head are among them.
         error: root of the mean squared change of their weights, relative to the weights' own.
         size: bytes on disk.
+        start: with LoftQ the folder of the adapter that training begins from.
+        left: with LoftQ the error with that adapter.
     """
 
     method: str
@@ -61,13 +59,16 @@ class QuantizeReport:
     outer: bool
     error: float
     size: int
+    start: Path | None = None
+    left: float = 0.0
 
     def describe(self) -> str:
         """One sentence."""
         embedding = "included" if self.outer else "left as it is"
+        with_start = "" if self.start is None else f", with the adapter {self.start} by {self.left:.2%}"
         return (
             f"{self.weights:,} weights in {self.codec} by {self.method}, {self.bits_per_weight:.2f} bits each "
-            f"(embedding {embedding}), changed by {self.error:.2%} of their size; {self.size:,} bytes"
+            f"(embedding {embedding}), changed by {self.error:.2%} of their size{with_start}; {self.size:,} bytes"
         )
 
 
@@ -123,6 +124,7 @@ def quantize_model(
     if output.resolve() == loaded.path.resolve():
         raise FormatError(f"{output} is the model itself; choose another output")
     _refuse_architecture(loaded, gguf, config)
+    _refuse_rank(loaded.model, config.loftq_r)
     if config.format != "affine":
         return _quantize_bnb(loaded, config, output, progress)
     if gguf and loaded.gguf is None:
@@ -136,28 +138,30 @@ def quantize_model(
         raise FormatError("gptq measures the layers' inputs on rows; give some with --data, or choose --method search")
     _refuse_shapes(loaded.model, CODECS[codec].group_size, GROUPS, wide is not None)
     stored = config.stored or "float16"
-    work = _Work(output, loaded, rows, {**asdict(config), "method": method, "codec": codec})
+    work = Partial(output, loaded, rows, {**asdict(config), "method": method, "codec": codec})
     errors = _Errors()
     quantized: dict[str, QuantizedWeight] = {}
+    updates: dict[str, LowRank] = {}
     walk = BlockWalk(loaded, [pack(group) for group in micro_batches(rows, _PACK_TOKENS)]) if rows else None
     for index, (prefix, block) in enumerate(find_blocks(loaded.model)):
         layers = {f"{prefix}.{name}": layer for name, layer in linear_layers(block).items()}
-        done = work.read(index, layers, codec)
+        done = work.read(index, layers, codec, config.loftq_r is not None)
         if done is None:
             hessians = walk.hessians(index) if walk else {}
-            done = {n: _quantized(n, _dense(layer), codec, method, hessians.get(n)) for n, layer in layers.items()}
+            done = {n: _fitted(n, _dense(x), codec, method, config, hessians.get(n)) for n, x in layers.items()}
             work.write(index, done)
-        for name, weight in done.items():
-            errors.add(_dense(layers[name]), weight)
-            loaded.model.set_submodule(name, QuantLinear(weight, _bias(layers[name])))
-        quantized |= done
+        for name, fitted in done.items():
+            errors.add(_dense(layers[name]), fitted)
+            loaded.model.set_submodule(name, QuantLinear(fitted.weight, _bias(layers[name])))
+            quantized[name] = fitted.weight
+            updates |= {} if fitted.update is None else {name: fitted.update}
         if walk:
             walk.advance(index)
         progress(1)
     for name, layer in _outer_layers(loaded.model):
         if wide is not None:
             quantized[name] = _quantized(name, _dense(layer), wide, "rtn" if method == "rtn" else "search")
-            errors.add(_dense(layer), quantized[name])
+            errors.add(_dense(layer), Fitted(quantized[name]))
         elif not gguf:
             _unpack(layer)
     if gguf:
@@ -167,11 +171,36 @@ def quantize_model(
     else:
         default = next(weight for weight in quantized.values() if weight.codec == codec)
         create_mlx(output, loaded.model, loaded.tokenizer, quantized, default, getattr(torch, stored))
+    report = _report(config, output, method, codec, errors, quantized, updates, wide is not None)
     work.remove()
-    bits = 8 * sum(weight.nbytes for weight in quantized.values())
-    return QuantizeReport(
-        method, codec, errors.count, bits / errors.count, wide is not None, errors.relative, size_on_disk(output)
-    )
+    return report
+
+
+def _report(
+    config: QuantizeConfig,
+    output: Path,
+    method: str,
+    codec: str,
+    errors: _Errors,
+    quantized: dict[str, QuantizedWeight],
+    updates: dict[str, LowRank],
+    outer: bool,
+) -> QuantizeReport:
+    """What was written, the start of LoftQ among it, which is written now."""
+    start = None if config.loftq_r is None else save_start(output, updates, config.loftq_r)
+    bits = 8 * sum(weight.nbytes for weight in quantized.values()) / errors.count
+    count, change, left = errors.count, errors.relative, errors.left
+    return QuantizeReport(method, codec, count, bits, outer, change, size_on_disk(output), start, left)
+
+
+def _refuse_rank(model: nn.Module, r: int | None) -> None:
+    """Refuse a rank of LoftQ that a layer does not have."""
+    if r is None:
+        return
+    layers = [x for _, block in find_blocks(model) for x in linear_layers(block).values()]
+    smallest = min(min(layer.out_features, layer.in_features) for layer in layers)
+    if r > smallest:
+        raise FormatError(f"loftq_r is {r}, and the smallest matrix of this model has a rank of {smallest}")
 
 
 def _refuse_architecture(loaded: LoadedModel, gguf: bool, config: QuantizeConfig) -> None:
@@ -195,6 +224,14 @@ def _quantized(name: str, dense: Tensor, codec: str, method: Method, hessian: Te
         raise FormatError(f"{name} cannot be quantized: {error}") from None
 
 
+def _fitted(
+    name: str, dense: Tensor, codec: str, method: Method, config: QuantizeConfig, hessian: Tensor | None = None
+) -> Fitted:
+    if config.loftq_r is None:
+        return Fitted(_quantized(name, dense, codec, method, hessian))
+    return alternate(dense, lambda w: _quantized(name, w, codec, method), config.loftq_r, config.loftq_steps)
+
+
 def _quantize_bnb(
     loaded: LoadedModel, config: QuantizeConfig, output: Path, progress: Callable[[int], None]
 ) -> QuantizeReport:
@@ -203,18 +240,19 @@ def _quantize_bnb(
         raise FormatError(f"{output}: {config.format} is a format of transformers folders; name a folder")
     codec = "INT8" if config.format == "int8" else "NF4-DQ" if config.use_double_quant else "NF4"
     _refuse_shapes(loaded.model, CODECS[codec].group_size, (), False)
-    errors, quantized = _Errors(), {}
+    errors, quantized, updates = _Errors(), dict[str, QuantizedWeight](), dict[str, LowRank]()
     for prefix, block in find_blocks(loaded.model):
         for name, layer in linear_layers(block).items():
-            quantized[f"{prefix}.{name}"] = _quantized(f"{prefix}.{name}", _dense(layer), codec, "rtn")
-            errors.add(_dense(layer), quantized[f"{prefix}.{name}"])
+            fitted = _fitted(f"{prefix}.{name}", _dense(layer), codec, "rtn", config)
+            errors.add(_dense(layer), fitted)
+            quantized[f"{prefix}.{name}"] = fitted.weight
+            updates |= {} if fitted.update is None else {f"{prefix}.{name}": fitted.update}
         progress(1)
     for _, layer in _outer_layers(loaded.model):
         _unpack(layer)
     stored = getattr(torch, config.stored) if config.stored else _own_dtype(loaded)
     create_bnb(output, loaded.model, loaded.tokenizer, quantized, stored)
-    bits = 8 * sum(weight.nbytes for weight in quantized.values()) / errors.count
-    return QuantizeReport("nearest value", codec, errors.count, bits, False, errors.relative, size_on_disk(output))
+    return _report(config, output, "nearest value", codec, errors, quantized, updates, False)
 
 
 def _own_dtype(loaded: LoadedModel) -> torch.dtype:
@@ -277,71 +315,20 @@ class _Errors:
     """Squared change of weights, summed over matrices."""
 
     def __init__(self) -> None:
-        self.count, self._squares, self._change = 0, 0.0, 0.0
+        self.count, self._squares, self._change, self._left = 0, 0.0, 0.0, 0.0
 
-    def add(self, dense: Tensor, weight: QuantizedWeight) -> None:
+    def add(self, dense: Tensor, fitted: Fitted) -> None:
         self.count += dense.numel()
         self._squares += float(dense.double().square().sum())
-        self._change += float((weight.decode() - dense).double().square().sum())
+        change = Fitted(fitted.weight).residual(dense)
+        left = change if fitted.update is None else fitted.residual(dense)
+        self._change += float(change.double().square().sum())
+        self._left += float(left.double().square().sum())
 
     @property
     def relative(self) -> float:
         return (self._change / self._squares) ** 0.5 if self._squares else 0.0
 
-
-def _holds(file: Path, text: str) -> bool:
-    return file.is_file() and file.read_text(encoding="utf-8") == text
-
-
-class _Work:
-    """Finished blocks in `<output>.partial`, with what they are blocks of."""
-
-    def __init__(self, output: Path, loaded: LoadedModel, rows: list[Tokens] | None, settings: dict[str, Any]):
-        self.folder = output.with_name(f"{output.name}.partial")
-        digest = hashlib.sha256(json.dumps([row.ids for row in rows or []]).encode()).hexdigest()
-        state = {
-            "version": lorafold.__version__,
-            "model": loaded.weights_hash(),
-            "rows": digest,
-            "dtype": str(loaded.dtype),
-            "products": str(compute_dtype()),
-            **settings,
-        }
-        text = json.dumps(state, indent=2)
-        file = self.folder / _STATE
-        if self.folder.exists() and any(self.folder.iterdir()) and not _holds(file, text):
-            raise OutputError(
-                f"{self.folder} holds blocks of another quantization (other model, rows or options); remove it, or "
-                "choose another output"
-            )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.folder} cannot be made: {error.strerror}") from error
-        write_text(file, text)
-
-    def _file(self, index: int) -> Path:
-        return self.folder / f"block-{index:04d}.safetensors"
-
-    def read(self, index: int, layers: dict[str, Any], codec: str) -> dict[str, QuantizedWeight] | None:
-        """A finished block; None where it is not finished or damaged."""
-        try:
-            with safe_open(self._file(index), "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
-            return None
-        if tensors.keys() != layers.keys():
-            return None
-        return {
-            name: QuantizedWeight(codec, (layer.out_features, layer.in_features), tensors[name])
-            for name, layer in layers.items()
-        }
-
-    def write(self, index: int, done: dict[str, QuantizedWeight]) -> None:
-        """Keep a finished block."""
-        with replacing(self._file(index)) as temporary:
-            save_tensors(temporary, {name: weight.blocks for name, weight in done.items()}, None)
-
-    def remove(self) -> None:
-        """The output stands; the blocks are no longer needed."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    @property
+    def left(self) -> float:
+        return (self._left / self._squares) ** 0.5 if self._squares else 0.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ class Report:
 
 def write_report(run: Run, report: Report | None = None, path: Path | None = None) -> Path:
     """Write the report of a run and return its path (`report.html` in the run folder by default)."""
-    report = report or Report(f"{run.config.adapter.label} on {Path(run.config.model).name}")
     s = run.summary
+    tables = [rank_table(s["ranks"])] if "ranks" in s else []
+    report = report or Report(f"{run.config.adapter.label} on {Path(run.config.model).name}", tables)
     tiles = [
         ("held-out loss before", f"{s['eval_loss_before']:.4f}"),
         ("held-out loss after", f"{s['eval_loss_after']:.4f}"),
@@ -64,6 +66,17 @@ def write_report(run: Run, report: Report | None = None, path: Path | None = Non
     path = path or run.path / REPORT
     write_text(path, html)
     return path
+
+
+def rank_table(ranks: Mapping[str, int]) -> Table:
+    """Ranks that layers have kept: a row for each block, a column for each kind of layer."""
+    cells: dict[str, dict[str, int]] = {}
+    for path, rank in ranks.items():
+        block = re.match(r"(.*\.\d+)\.", path)
+        cells.setdefault(block[1] if block else path, {})[path.rpartition(".")[2]] = rank
+    kinds = list(dict.fromkeys(kind for row in cells.values() for kind in row))
+    rows = [[name, *(str(row.get(kind, "")) for kind in kinds)] for name, row in cells.items()]
+    return Table("Ranks after training", ("", *kinds), rows, "Layers of rank 0 are not adapted.")
 
 
 def loss_plot(metrics: Sequence[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorafold.adapters.inject import Injection
+from lorafold.adapters.ranks import MovingRanks
 from lorafold.config import RunConfig
 from lorafold.data.rows import Example
 from lorafold.data.stream import RowStream
@@ -23,7 +24,6 @@ from lorafold.models.adapter_files import save_adapter
 from lorafold.models.load import LoadedModel, compute_dtype, load
 from lorafold.runs.blocks import find_blocks
 from lorafold.runs.display import Display, training_note
-from lorafold.runs.eva import inject_for
 from lorafold.runs.folder import (
     ADAPTER,
     SAMPLES,
@@ -34,6 +34,7 @@ from lorafold.runs.folder import (
     lines_of,
     read_run,
 )
+from lorafold.runs.from_adapter import adapt_for, adopted
 from lorafold.runs.prepare import PreparedData, prepare
 from lorafold.runs.report import write_report
 from lorafold.runs.resume import Left, check_same_learning, left_of, sweep
@@ -77,7 +78,7 @@ def start_worker(config: RunConfig, display: Display, resume: bool = False) -> R
 def _start(config: RunConfig, display: Display, resume: bool, workers: Workers) -> Run | None:
     began = time.perf_counter()
     restart_peak()
-    config = config.resolved()
+    config = adopted(config).resolved()
     with workers.together():
         left = left_of(config, workers.count) if resume else None
         if left is None and workers.first:
@@ -119,21 +120,24 @@ def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) 
     rows = data.train.rows
     check_same_learning(left, train_rows=len(rows), data_sha256=data.fingerprint, dtype=_name(loaded.dtype))
     seeded(config.training.seed)
-    injection = inject_for(loaded, config.adapter, rows)
-    display.say(f"adapter: {config.adapter.label}, {injection.describe()}")
+    injection = adapt_for(loaded, config, rows, left.checkpoint)
+    begun = "" if config.from_adapter is None else f" from {config.from_adapter}"
+    display.say(f"adapter: {config.adapter.label}{begun}, {injection.describe()}")
     if config.training.shard_base:
         base = ShardedBase([block for _, block in find_blocks(loaded.model)], workers, device)
         nn.Module.to(loaded.model, device)
         workers = replace(workers, sharded=True)
         display.say(f"base: {base.held / 1e6:.1f} MB of its blocks on each worker, gathered one block at a time")
     optimizer = make_optimizer(loaded, config.training)
+    steps = total_steps(len(rows), config.training, workers.count)
+    ranks = None if config.adapter.target_r is None else MovingRanks(loaded.model, config.adapter, steps)
     if left.checkpoint is not None:
-        restore_training(left.checkpoint, loaded, optimizer)
+        restore_training(left.checkpoint, loaded, optimizer, ranks)
         display.say(f"resumed from {left.checkpoint}")
     loading = peak_bytes()  # planning counts anew
     plan = left.plan or plan_step(loaded, rows, config.training)
     display.say(plan.describe())
-    return _Session(config, display, workers, loaded, data, injection, optimizer, plan, loading, left)
+    return _Session(config, display, workers, loaded, data, injection, optimizer, plan, loading, left, ranks)
 
 
 def _load(config: RunConfig, display: Display, workers: Workers, device: str) -> LoadedModel:
@@ -157,6 +161,7 @@ class _Session:
     Attributes:
         loading: memory that took, in bytes.
         left: what an earlier process has done of it.
+        ranks: those that fall while it trains.
         folder: the run folder, for the first worker.
     """
 
@@ -170,6 +175,7 @@ class _Session:
     plan: Plan
     loading: int
     left: Left
+    ranks: MovingRanks | None = None
     folder: RunFolder | None = None
     steps: list[Step] = field(default_factory=list)
 
@@ -182,6 +188,7 @@ class _Session:
         try:
             before = self._before()
             self._train(before)
+            kept = self._cut()
             self._save_adapter()
             after = self._evaluate(len(self.steps))
             self.display.say(f"held-out loss after: {after:.4f} (before: {before:.4f})")
@@ -189,7 +196,18 @@ class _Session:
         finally:
             if self.folder is not None:
                 self.folder.close()
-        return {"eval_loss_before": before, "eval_loss_after": after, **self._figures()}
+        return {"eval_loss_before": before, "eval_loss_after": after, **kept, **self._figures()}
+
+    def _cut(self) -> dict[str, Any]:
+        """Leave nothing of the adapter but the ranks it has kept; these, for `summary.json`."""
+        if self.ranks is None:
+            return {}
+        ranks = self.ranks.cut()
+        kept = [rank for rank in ranks.values() if rank]
+        self.display.say(
+            f"ranks: {sum(kept)} in {len(kept)} of {len(ranks)} layers, {min(kept)} to {max(kept)} in each"
+        )
+        return {"ranks": ranks}
 
     def _before(self) -> float:
         """The held-out loss of the model as it was before training; samples of it are in the run folder afterwards."""
@@ -203,7 +221,7 @@ class _Session:
     def _train(self, before: float) -> None:
         training, rows, done = self.config.training, self.data.train.rows, len(self.steps)
         total = total_steps(len(rows), training, self.workers.count)
-        running = train_steps(self.loaded, rows, training, self.plan, self.optimizer, done, self.workers)
+        running = train_steps(self.loaded, rows, training, self.plan, self.optimizer, done, self.workers, self.ranks)
         adapter = self.config.output_dir / ADAPTER
         try:
             with self.display.bar("training", total) as advance:
@@ -256,7 +274,7 @@ class _Session:
                 plan=self.plan,
             )
             path = checkpoint_folder(self.folder.path, step)
-            save_checkpoint(path, self.loaded, self.config.adapter, self.optimizer, state)
+            save_checkpoint(path, self.loaded, self.config.adapter, self.optimizer, state, self.ranks)
             if training.save_total_limit:
                 self.folder.keep_checkpoints(training.save_total_limit)
 

@@ -2,6 +2,7 @@
 
 adapter_config.json, adapter_model.safetensors   the adapter after step N, as in any adapter folder
 training.safetensors                             each trained parameter by its name, and what the optimizer keeps for it
+ranks.safetensors                                with target_r: what is known of the importance of ranks
 state.json                                       the step, and what the run must find again
 
 No random state is among it: the order of rows follows from the seed and the step, and each step seeds its dropout.
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lorafold.adapters.ranks import MovingRanks
 from lorafold.config import AdapterSpec
 from lorafold.errors import ConfigError, bullet_list
 from lorafold.files import replacing_folder
@@ -28,7 +30,7 @@ from lorafold.models.load import LoadedModel
 from lorafold.models.tensors import save_tensors
 from lorafold.train.budget import Plan
 
-TRAINING, STATE, VALUE = "training.safetensors", "state.json", "value"
+TRAINING, RANKS, STATE, VALUE = "training.safetensors", "ranks.safetensors", "state.json", "value"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,12 @@ class State:
 
 
 def save_checkpoint(
-    folder: Path, loaded: LoadedModel, spec: AdapterSpec, optimizer: torch.optim.Optimizer, state: State
+    folder: Path,
+    loaded: LoadedModel,
+    spec: AdapterSpec,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    ranks: MovingRanks | None = None,
 ) -> None:
     """Write a checkpoint; the folder appears whole or not at all, also if the machine stops.
 
@@ -70,6 +77,8 @@ def save_checkpoint(
             for key, value in {VALUE: parameter, **optimizer.state[parameter]}.items()
         }
         save_tensors(temporary / TRAINING, tensors, None)
+        if ranks is not None:
+            save_tensors(temporary / RANKS, {name: value.cpu() for name, value in ranks.state().items()}, None)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
         for file in temporary.iterdir():
             with file.open("rb") as opened:
@@ -90,8 +99,10 @@ def read_state(folder: Path) -> State:
 
 
 @torch.no_grad()
-def restore_training(folder: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Give the trained parameters and the optimizer what a checkpoint holds.
+def restore_training(
+    folder: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer, ranks: MovingRanks | None = None
+) -> None:
+    """Give the trained parameters, the optimizer and ranks that move what a checkpoint holds.
 
     The adapter has begun as it did then, so that what it subtracts from the base (PiSSA, OLoRA) is there already.
 
@@ -100,7 +111,9 @@ def restore_training(folder: Path, loaded: LoadedModel, optimizer: torch.optim.O
     """
     try:
         tensors = load_file(folder / TRAINING)
-    except (OSError, SafetensorError) as error:
+        if ranks is not None:
+            ranks.restore(load_file(folder / RANKS))
+    except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(folder, str(error)) from None
     trained = _trained(loaded)
     stored: dict[str, dict[str, Tensor]] = {}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lorafold.adapters.adapted import parameters_once
+from lorafold.adapters.ranks import MovingRanks
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import micro_batches, pack
 from lorafold.data.stream import RowStream, row_batches
@@ -120,6 +121,7 @@ def train_steps(
     optimizer: torch.optim.Optimizer | None = None,
     done: int = 0,
     workers: Workers = ALONE,
+    ranks: MovingRanks | None = None,
 ) -> Iterator[Step]:
     """Train the model's adapters, yielding after each optimizer step.
 
@@ -131,6 +133,7 @@ def train_steps(
         optimizer: from `make_optimizer`, with its state after the steps that are done.
         done: steps of the run that the model and the optimizer have behind them.
         workers: who shares the rows of each step; each of them yields the same steps.
+        ranks: those that fall on the way.
 
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those before that step. Or the longest row
@@ -154,7 +157,7 @@ def train_steps(
                 rate = learning_rate_at(
                     step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
                 )
-                yield _one_step(loaded, batch, optimizer, config, plan, shared, step + 1, rate, workers)
+                yield _one_step(loaded, batch, optimizer, config, plan, shared, step + 1, rate, workers, ranks)
                 loaded.model.train()  # whoever evaluated in between switched to evaluation mode
     finally:
         gc.unfreeze()
@@ -171,6 +174,7 @@ def _one_step(
     step: int,
     rate: float,
     workers: Workers,
+    ranks: MovingRanks | None,
 ) -> Step:
     began = time.perf_counter()
     _seed_step(loaded.device, config.seed, step, workers.rank)
@@ -191,7 +195,11 @@ def _one_step(
         raise
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
+    if ranks is not None:
+        ranks.observe(step)
     optimizer.step()
+    if ranks is not None:
+        ranks.prune(step)
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(len(row.ids) for row in batch)
     return Step(step, total_loss / supervised, rate, norm, len(batch), tokens, supervised, time.perf_counter() - began)

@@ -32,6 +32,7 @@ METHODS: dict[str, tuple[object, ...]] = {
     "embedding": ("--method", "lora", "--target-modules", "embed_tokens", "q_proj"),
     "head": ("--method", "lora", "--modules-to-save", "lm_head", "norm"),
     "eva": ("--method", "lora", "--init-lora-weights", "eva"),
+    "moving ranks": ("--method", "lora", "--target-r", 2, "--tfinal", 1),
     "LoRA+": ("--method", "lora", "--loraplus-lr-ratio", 4),
     "vera": ("--method", "vera", "--learning-rate", 0.05),
 }
@@ -65,7 +66,7 @@ def test_trained_folded_and_read_by_peft(method: str, folder: Path, data: Path, 
     same_logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), trained, 2e-5)
 
 
-@pytest.mark.parametrize("method", ["dora", "pissa", "vera", "embedding"])
+@pytest.mark.parametrize("method", ["dora", "pissa", "vera", "embedding", "moving ranks"])
 def test_on_a_packed_base(method: str, tiny_file: Callable[..., Path], data: Path, tmp_path: Path) -> None:
     """Folded with --to f16: what is lost is the rounding of dense weights."""
     base = tiny_file("llama", "Q4_1", tied=False)
@@ -74,7 +75,7 @@ def test_on_a_packed_base(method: str, tiny_file: Callable[..., Path], data: Pat
     assert command("fold", run, "-o", tmp_path / "out.gguf", "--to", "f32") == 0
     trained = load_trained(read_run(run))
     same_logits(load(tmp_path / "out.gguf").model, trained.model, 5e-5)
-    if method in ("pissa", "vera"):
+    if method in ("pissa", "vera", "moving ranks"):
         assert command("export", run, "--to", "gguf-adapter", "-o", tmp_path / "a.gguf") == 0
     else:
         assert command("export", run, "--to", "gguf-adapter", "-o", tmp_path / "a.gguf") == 2

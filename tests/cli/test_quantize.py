@@ -146,9 +146,9 @@ def test_it_goes_on_where_it_stopped(
 
 
 def test_a_damaged_block_is_made_again(tmp_path: Path) -> None:
-    work = runs_quantize._Work(tmp_path / "out", load(tiny_folder_of(tmp_path / "m", "llama")), None, {})
+    work = runs_quantize.Partial(tmp_path / "out", load(tiny_folder_of(tmp_path / "m", "llama")), None, {})
     (tmp_path / "out.partial" / "block-0000.safetensors").write_bytes(b"no")
-    assert work.read(0, {}, "Q4_1") is None
+    assert work.read(0, {}, "Q4_1", False) is None
 
 
 @pytest.mark.parametrize(

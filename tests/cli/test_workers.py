@@ -23,6 +23,7 @@ from tests.practice import command, token_rows, write_data
 ROOT = Path(__file__).parent.parent.parent
 OPTIONS = quick("--save-steps", 2, "--eval-steps", 4, "--method", "lora", "--r", 4, "--max-grad-norm", 0.5)
 SHARED = [("lora", ""), ("qa-lora", ""), ("lora", "again")]  # the last with blocks computed again
+FALLING = ["--target-r", 2, "--tinit", 1]
 ONE, TWO = ["--per-device-train-batch-size", 4], ["--per-device-train-batch-size", 2]
 
 
@@ -105,6 +106,7 @@ def cases(
         ("finished", "said", [*train("resumed", *TWO), "--resume"]),
         ("few rows", "said", train("few", "--per-device-train-batch-size", 1, "--limit", 13)),
         *((f"shared {kind} {again}", "shared_out", [str(arguments[0]), kind, again]) for kind, again in SHARED),
+        ("ranks", "falling_ranks", train("ranks", *TWO, *FALLING)),
         ("shared", "said", train("shared", *TWO, "--shard-base")),
         ("shared, few rows", "said", [*few, "--shard-base"]),
         ("shared, not finite", "a_loss_that_is_not_finite", train("shared-nan", *TWO, "--shard-base")),
@@ -209,6 +211,22 @@ def test_a_run_on_a_base_that_is_shared_out_ends_the_same(cases: dict[str, Any],
     assert [worker["code"] for worker in cases["shared"]] == [0, 0]
     assert "MB of its blocks on each worker" in cases["shared"][0]["err"]
     same_run(cases["folder"][0] / "shared", one)
+
+
+def test_ranks_fall_alike_on_all_workers(cases: dict[str, Any], arguments: list[object], tmp_path: Path) -> None:
+    """And as in one process, also one that takes two passes for a step."""
+    first, second = cases["ranks"]
+    assert (first["code"], second["code"]) == (0, 0)
+    assert len(first["decided"]) == 6  # after steps 2 to 6, and at the end
+    assert first["decided"] == second["decided"]
+    options = [*TWO, *FALLING, "--gradient-accumulation-steps", 2]
+    assert command("train", *arguments, *options, "--output-dir", tmp_path / "run") == 0
+    same_run(tmp_path / "run", cases["folder"][0] / "ranks")
+    summaries = [
+        json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", cases["folder"][0] / "ranks")
+    ]
+    assert summaries[0]["ranks"] == summaries[1]["ranks"]
+    assert sum(summaries[0]["ranks"].values()) == 2 * len(summaries[0]["ranks"])
 
 
 def test_a_base_is_not_shared_out_alone(train: Callable[..., str]) -> None:

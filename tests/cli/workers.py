@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.adapters.inject import inject
+from lorafold.adapters.ranks import MovingRanks
 from lorafold.config import AdapterSpec
 from lorafold.data.packs import pack
 from lorafold.evals.loss import pack_loss
@@ -94,6 +95,21 @@ def a_loss_that_is_not_finite(line: list[str]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "pack_loss", poisoned)
         return said(line)
+
+
+def falling_ranks(line: list[str]) -> Any:
+    """What a worker has decided about ranks, also the one that writes nothing."""
+    decided: list[dict[str, list[bool]]] = []
+    original = MovingRanks.kept
+
+    def noted(ranks: MovingRanks, budget: int) -> dict[str, Tensor]:
+        kept = original(ranks, budget)
+        decided.append({path: keep.tolist() for path, keep in kept.items()})
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MovingRanks, "kept", noted)
+        return {**said(line), "decided": decided}
 
 
 def a_full_disk(line: list[str]) -> Any:

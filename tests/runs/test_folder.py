@@ -41,6 +41,10 @@ CONFIG = RunConfig(
         2, 3, 0.5, 16.0, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, 5, 6, True, 99, "2GB", 30, True, "float32", "cpu", 8, 1, 2
     ),
     TaskConfig("classification", "{title}", "stars"),
+    Path("/adapters/start"),
+)
+MOVES = replace(  # what does not go with the rest above
+    CONFIG, adapter=AdapterSpec("lora", 8, target_r=4, tinit=1, tfinal=2, delta_t=3, beta1=0.7, beta2=0.8)
 )
 SUMMARY: dict[str, Any] = {
     "eval_loss_before": 2.0,
@@ -68,7 +72,8 @@ def finished(path: Path, config: RunConfig = CONFIG) -> RunFolder:
 def test_the_example_sets_every_option() -> None:
     """So that the round trip below covers new options as well."""
     plain = RunConfig("other", Path("other"), DataConfig(Path("other")))
-    same = [key for key, value in CONFIG.to_dict().items() if value == plain.to_dict()[key]]
+    default, moves = plain.to_dict(), MOVES.to_dict()
+    same = [key for key, value in CONFIG.to_dict().items() if value == default[key] == moves[key]]
     assert same == ["adapt", "k_quants", "d_initial", "layers"]  # of other methods than lora
     assert set(CONFIG.to_dict()) == set(option_names())
 
@@ -76,6 +81,8 @@ def test_the_example_sets_every_option() -> None:
 def test_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
     finished(tmp_path / "run").close()
     assert read_run(tmp_path / "run").config == CONFIG
+    finished(tmp_path / "moves", MOVES).close()
+    assert read_run(tmp_path / "moves").config == MOVES
     default = RunConfig("m", Path("o"), DataConfig(Path("d"))).resolved()
     finished(tmp_path / "default", default).close()
     assert read_run(tmp_path / "default").config == default
@@ -162,7 +169,7 @@ def test_config_yaml_is_for_people(tmp_path: Path) -> None:
     assert "{a} – ü" in text
     assert "!!" not in text  # plain values only
     assert list(yaml.safe_load(text)) == list(CONFIG.to_dict())
-    assert len(CONFIG.to_dict()) == 2 + sum(
+    assert len(CONFIG.to_dict()) == 3 + sum(
         len(fields(k)) for k in (AdapterSpec, DataConfig, TrainingConfig, TaskConfig)
     )
 
