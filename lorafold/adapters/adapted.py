@@ -46,6 +46,8 @@ class AdaptedLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):  # how the layer is copied, pickled and the like is not for us
+                raise
             return getattr(super().__getattr__("base"), name)
 
     @property
@@ -239,7 +241,8 @@ def uses(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     for module in plain_modules(model).values():
         own = dict(module._parameters)
         if parametrize.is_parametrized(module):
-            own |= {name: made.original for name, made in module.parametrizations.items()}  # type: ignore[union-attr, operator]
+            chains: Any = module.parametrizations
+            own |= {name: made._parameters.get("original") for name, made in chains.items()}  # others' have no such
         found |= {(module, name): value for name, value in own.items() if value is not None}
     return [(*use, value) for use, value in found.items()]
 

@@ -322,3 +322,15 @@ def test_a_switch_reaches_what_was_put_in_since_the_last_one() -> None:
     model[0] = nn.Linear(4, 4)
     adapt(model, lora("0"), "b")
     assert [c.active for _, c in carriers(model)] == [("b",), ("b",)]
+
+
+def test_a_copy_of_a_layer_that_is_adapted_in_two_ways_has_both() -> None:
+    """torch gives a layer with an adapted bias its own way of being copied, and that is not its adapter's."""
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), torch.randn(2, 4)
+    adapt(model, lora("0", bias="all"))
+    spread(model)
+    twin = copy.deepcopy(model)
+    assert [path for path, _ in carriers(twin)] == [path for path, _ in carriers(model)]
+    assert torch.equal(twin(x), model(x))
+    set_active(twin, None)
+    assert [one.active for _, one in carriers(twin)] == [(), (), ()]

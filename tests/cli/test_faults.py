@@ -50,8 +50,10 @@ def test_exclusion_that_matches_nothing(train: Refused) -> None:
     assert "did you mean 'k_proj'?" in message
 
 
-def test_a_head_that_is_the_embedding_is_no_target(train: Refused) -> None:
-    assert "lm_head has the embedding's weights" in train("--target-modules", "lm_head", "--method", "lora")
+def test_what_is_shared_must_be_named_and_be_one_weight(train: Refused, tmp_path: Path) -> None:
+    assert "neither is named" in train("--ensure-weight-tying", "--method", "lora")
+    untied = tiny_gguf(tmp_path, "llama", tied=False)
+    assert "do not have one weight" in train("--ensure-weight-tying", "--target-modules", "lm_head", model=untied)
 
 
 def test_every_unsuitable_format_is_named(train: Refused, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ CONFIG = RunConfig(
         alpha_pattern={r"layers\.1\..*": 0.5},
         bias="all",
         modules_to_save=("head",),
+        ensure_weight_tying=True,
     ),
     TrainingConfig(
         2, 3, 0.5, 16.0, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, 5, 6, True, 99, "2GB", 30, True, "float32", "cpu", 8, 1, 2
