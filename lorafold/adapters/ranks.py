@@ -26,6 +26,7 @@ from lorafold.adapters.adapted import adapted_layers, carriers
 from lorafold.adapters.lora import LoRA
 from lorafold.adapters.parameters import ParameterLoRA
 from lorafold.adapters.sites import ConvSite
+from lorafold.adapters.tied import source_of, updated_layers
 from lorafold.config import AdapterSpec
 from lorafold.errors import AdapterError, ConfigError
 
@@ -88,7 +89,7 @@ class MovingRanks:
     def __init__(self, model: nn.Module, spec: AdapterSpec, steps: int):
         assert spec.target_r is not None
         self._model, self._beta1, self._beta2 = model, spec.beta1, spec.beta2
-        self._layers = {p: a for p, layer in adapted_layers(model) if isinstance(a := layer.adapter, LoRA)}
+        self._layers = {p: a for p, layer in updated_layers(model) if isinstance(a := layer.adapter, LoRA)}
         odd = [path for path, adapter in self._layers.items() if isinstance(adapter.site, ConvSite)]
         odd += [p for p, c in carriers(model) if any(isinstance(a, ParameterLoRA) for a in c.adapters.values())]
         if odd:
@@ -166,8 +167,10 @@ class MovingRanks:
             a, b = adapter.learned()
             for name, value in zip(adapter.site.names, (a[keep], b[:, keep]), strict=True):
                 setattr(adapter, name, nn.Parameter(value.clone()))
-            if not ranks[path]:
-                self._model.set_submodule(path, adapter.site.base)
+        gone = [self._layers[path] for path, rank in ranks.items() if not rank]
+        for path, layer in list(adapted_layers(self._model)):  # a head that has the embedding's update goes with it
+            if any(source_of(adapter) in gone for adapter in layer.active_adapters()):
+                self._model.set_submodule(path, layer.base)
         return ranks
 
     def state(self) -> dict[str, Tensor]:

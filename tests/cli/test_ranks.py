@@ -8,8 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from lorafold.adapters.adapted import adapted_layers
+from lorafold.adapters.ranks import MovingRanks
+from lorafold.runs.fold import load_trained
+from lorafold.runs.folder import read_run
 from tests.cli.conftest import quick
 from tests.practice import command
 
@@ -40,6 +46,32 @@ def test_the_run_says_which_ranks_are_left(run: Path) -> None:
         key: alpha / config["rank_pattern"].get(key, config["r"]) for key, alpha in config["alpha_pattern"].items()
     }
     assert {*scalings.values(), config["lora_alpha"] / config["r"]} == {2.0}
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["both", "none left"])
+def test_an_update_that_embedding_and_head_share_is_one(
+    alone: bool, tiny_file: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts once, and leaves both at once where it is the least important."""
+    if alone:
+        monkeypatch.setattr(MovingRanks, "importance", lambda ranks: _least(ranks, "model.embed_tokens"))
+    options = quick(*MOVING, "--target-modules", "embed_tokens", "q_proj", "--ensure-weight-tying")
+    line = [tiny_file("llama", "Q4_1"), "--data", data, *options, "--output-dir", tmp_path / "run"]
+    assert command("train", *line) == 0
+    run = read_run(tmp_path / "run")
+    ranks = run.summary["ranks"]
+    assert (len(ranks), sum(ranks.values())) == (4, 4)
+    trained = load_trained(run)
+    held = dict(adapted_layers(trained.model))
+    assert ("model.embed_tokens" in held) == ("lm_head" in held) == (ranks["model.embed_tokens"] > 0) == (not alone)
+    stored = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert stored["ensure_weight_tying"]
+
+
+def _least(ranks: MovingRanks, path: str) -> dict[str, Tensor]:
+    """Importances of one everywhere but in a layer."""
+    layers = ranks._layers
+    return {p: torch.full((adapter.learned()[0].shape[0],), float(p != path)) for p, adapter in layers.items()}
 
 
 @pytest.mark.parametrize("damage", ["missing", "of others"])
