@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import re
 import shlex
@@ -13,6 +15,7 @@ import pytest
 
 import lorafold.models.load
 from lorafold.cli.main import run
+from lorafold.config import AdapterSpec, DataConfig, QuantizeConfig, RowsConfig, TaskConfig, TrainingConfig
 from lorafold.data.demo import demo_file
 from tests.tiny_classifier import labelled_rows, pair_rows, tagged_rows, tiny_bert, write_rows
 
@@ -97,3 +100,11 @@ def test_make_has_the_two_commands() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^demo: setup\n\t.*lorafold demo", text, re.MULTILINE)
     assert re.search(r"^test: setup\n\t.*pytest", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("group", [DataConfig, RowsConfig, TaskConfig, AdapterSpec, TrainingConfig, QuantizeConfig])
+def test_every_option_is_explained(group: type) -> None:
+    """Each has a line of its own in its docstring, where --help finds it."""
+    explained = set(re.findall(r"^\s+(\w+): ", inspect.getdoc(group) or "", re.MULTILINE))
+    inherited = {name for base in group.__mro__[1:-1] for name in re.findall(r"(\w+): ", inspect.getdoc(base) or "")}
+    assert {f.name for f in dataclasses.fields(group)} <= explained | inherited

@@ -96,8 +96,10 @@ class AdapterSpec:
         tinit: steps before ranks begin to fall; default 15 % of the run.
         tfinal: steps after they have fallen; default 35 % of the run.
         delta_t: steps from one decision about ranks to the next (PEFT's deltaT); default 1 % of the run.
-        beta1, beta2: how slowly the importance of a rank, and its uncertainty, follow the gradients.
-        rank_pattern, alpha_pattern: regular expressions of layer names -> rank, alpha, where these differ.
+        beta1: how slowly the importance of a rank follows the gradients.
+        beta2: how slowly its uncertainty follows them.
+        rank_pattern: regular expressions of layer names -> rank, where it differs.
+        alpha_pattern: regular expressions of layer names -> alpha, where it differs.
         bias: which biases are trained: `none`, `all`, or `lora_only` (those of adapted layers).
         modules_to_save: names of modules that are trained whole and stored with the adapter, such as a new head.
         ensure_weight_tying: where embedding and head have one weight and either is named: one update of both. Without

@@ -24,6 +24,9 @@ class QuantizeConfig:
         embedding_bits: of the embedding and the head; 16 leaves them as they are.
         stored: type of what is not quantized, and in an MLX folder of scales and offsets. Default: float16 in an MLX
             folder (bfloat16 offsets are coarse), for nf4 and int8 that of the model.
+        loftq_r: rank of a LoRA that begins with the largest part of what quantization loses (LoftQ, arXiv 2310.08659);
+            it is written beside the output, to OUTPUT-loftq, for `train --from-adapter`.
+        loftq_steps: how often weights and LoRA are found in turns; the step with the least error is kept.
     """
 
     format: Literal["affine", "nf4", "int8"] = "affine"
