@@ -9,9 +9,7 @@ of the table:
 
 * LoRA on the dense base, merged, then rounded to nearest (first seed only) or quantized with GPTQ,
 * QLoRA (LoRA on NF4 with double quantization), merged, then GPTQ,
-* QA-LoRA on the dense base quantized with GPTQ first, folded: r = 16, all offsets, all offsets and scales,
-* LoRA on the dense base for the first half of the rows, merged, quantized with GPTQ, and QA-LoRA on that for the second
-  half: GPTQ then sees what the task made of the weights, and the offsets learn to repair what it lost.
+* QA-LoRA on the dense base quantized with GPTQ first, folded: r = 16, all offsets, all offsets and scales.
 
 All files are MLX folders with an 8-bit embedding, in groups of 32; those of 4 bits in groups of 64, because the default
 base's weights come from 4 bits in groups of 32 and would be kept by these unchanged. GPTQ is calibrated on the same
@@ -68,9 +66,7 @@ class Method:
     """One row of the table.
 
     Attributes:
-        base: the model that is trained: "dense", "nf4", "quantized" (with GPTQ, in the bits of the column), or "tuned"
-            (LoRA on the dense base for the first half of the rows, merged, then quantized with GPTQ; what is left of
-            the rows trains it further).
+        base: the model that is trained: "dense", "nf4", or "quantized" (with GPTQ, in the bits of the column).
         rates: learning rates to choose among; none: those of `--lora-rates`.
         after: how the merged model is quantized (dense and nf4 only).
     """
@@ -88,10 +84,6 @@ METHODS = {
     "QA-LoRA r=16 on the GPTQ base": Method("quantized", AdapterSpec("qa-lora", 16), (4e-3,)),
     "QA-LoRA, all offsets": Method("quantized", AdapterSpec("qa-lora", "full"), (5e-4, 1e-3)),
     "QA-LoRA, all offsets and scales": Method("quantized", AdapterSpec("qa-lora", "full", adapt="both"), (5e-4,)),
-    "LoRA on half the rows, merged, GPTQ, then all offsets": Method("tuned", AdapterSpec("qa-lora", "full"), (5e-4,)),
-    "LoRA on half the rows, merged, GPTQ, then all offsets and scales": Method(
-        "tuned", AdapterSpec("qa-lora", "full", adapt="both"), (5e-4,)
-    ),
 }
 
 
@@ -142,18 +134,9 @@ class Table:
         questions = read_questions(args.task, args.train, args.rows + VALIDATION_ROWS)
         self.train, self.validation = questions[: args.rows], questions[args.rows :]
         self.test = read_questions(args.task, args.test, args.eval_rows)
-        self.rows = self._write_rows("train", self.train)
-        half = len(self.train) // 2
-        self.halves = (
-            self._write_rows("first-half", self.train[:half]),
-            self._write_rows("second-half", self.train[half:]),
-        )
-
-    def _write_rows(self, name: str, questions: list[Question]) -> Path:
-        path = self.folder / f"{name}.jsonl"
-        pairs = [{"prompt": q.prompt, "completion": q.choices[q.right]} for q in questions]
-        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-        return path
+        self.rows = self.folder / "train.jsonl"
+        pairs = [{"prompt": q.prompt, "completion": q.choices[q.right]} for q in self.train]
+        self.rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
     def losses(self, loaded: LoadedModel, questions: list[Question]) -> tuple[float, float]:
         """What a rate is chosen by, and what the table shows."""
@@ -214,36 +197,25 @@ class Table:
 
         return self.made(name, make)
 
-    def base(self, kind: str, bits: int, seed: int = 0) -> Path:
+    def base(self, kind: str, bits: int) -> Path:
         """A model that is trained."""
         model = self.args.model
         dense = model if model and model.is_dir() else self.made("dense", lambda path: write_dense(path, model))
-        options = {"bits": bits, "method": "gptq", "group_size": GROUPS.get(bits)}
         if kind == "nf4":
             return self.quantized("nf4", dense, format="nf4")
         if kind == "quantized":
-            return self.quantized(f"base {bits}", dense, **options)
-        if kind == "tuned":
-            run = self.trained(dense, AdapterSpec("lora", 8), self.args.lora_rates[0], seed, self.halves[0])
-            merged = self.made(f"folded {run.name}", lambda path: fold_run(read_run(run), path, "f16", lossy=True))
-            return self.quantized(f"base {bits} of {run.name}", merged, **options)
+            return self.quantized(f"base {bits}", dense, bits=bits, method="gptq", group_size=GROUPS[bits])
         return dense
-
-    def trained(self, base: Path, spec: AdapterSpec, rate: float, seed: int, rows: Path) -> Path:
-        """The run folder of one training, which is made only if it is not there yet."""
-        part = "" if rows == self.rows else f" {rows.stem}"
-        run = self.folder / _file_name(f"run {base.name} {spec.r} {spec.adapt} {rate} {seed}{part}")
-        if not (run / SUMMARY).exists():
-            shutil.rmtree(run, ignore_errors=True)
-            data = DataConfig(rows, eval_data=self.rows, eval_limit=8, template=TEMPLATES[self.args.task])
-            training = TrainingConfig(learning_rate=rate, sample_rows=0, seed=seed)
-            start(RunConfig(str(base), run, data, spec, training), self.display)
-        return run
 
     def deployed(self, method: Method, bits: int, rate: float, seed: int) -> tuple[Path, int]:
         """The file of a method, and how many parameters were trained."""
-        rows = self.halves[1] if method.base == "tuned" else self.rows
-        run = self.trained(self.base(method.base, bits, seed), method.spec, rate, seed, rows)
+        base, spec = self.base(method.base, bits), method.spec
+        run = self.folder / _file_name(f"run {base.name} {spec.r} {spec.adapt} {rate} {seed}")
+        if not (run / SUMMARY).exists():
+            shutil.rmtree(run, ignore_errors=True)
+            data = DataConfig(self.rows, eval_data=self.rows, eval_limit=8, template=TEMPLATES[self.args.task])
+            training = TrainingConfig(learning_rate=rate, sample_rows=0, seed=seed)
+            start(RunConfig(str(base), run, data, spec, training), self.display)
         finished = read_run(run)
         to = None if method.after is None else "f16"
         path = self.made(f"folded {run.name}", lambda path: fold_run(finished, path, to, lossy=True))
@@ -268,7 +240,7 @@ class Table:
                         self.measured(key, make, choosing=first and len(self.rates(name)) > 1)
                         for path in (*self.folder.glob("after-*"), *self.folder.glob("folded-run-base*")):
                             shutil.rmtree(path)
-            for path in (*self.folder.glob("folded-*"), *self.folder.glob("base-?-of-*")):
+            for path in self.folder.glob("folded-*"):
                 shutil.rmtree(path)
 
     def rates(self, name: str) -> tuple[float, ...]:
