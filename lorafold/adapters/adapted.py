@@ -327,6 +327,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             for handle in carrier.handles:
                 handle.remove()
             for owner, parameter in carrier_uses(model, carrier):
+                kind = type(owner)  # made by torch for this module, and shared with its deep copies, which keep theirs
+                owner.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))  # type: ignore[assignment]
                 parametrize.remove_parametrizations(owner, parameter, leave_parametrized=False)
                 if not parametrize.is_parametrized(owner):
                     vars(owner).pop("_defined_order", None)

@@ -31,6 +31,19 @@ def expand_config(arguments: list[str]) -> list[str]:
     return arguments + options
 
 
+def with_adapter(arguments: list[str]) -> list[str]:
+    """Of a run that begins from an adapter, method and rank as the adapter has them, where they are not given."""
+    at = next((i for i, a in enumerate(arguments) if a.partition("=")[0] == "--from-adapter"), None)
+    if at is None or arguments[0] != "train":
+        return arguments
+    _, equals, value = arguments[at].partition("=")
+    value = value if equals else "".join(arguments[at + 1 : at + 2])
+    from lorafold.runs.from_adapter import stated_options
+
+    given = given_options(arguments)
+    return arguments + [f"--{key}={said}" for key, said in stated_options(Path(value)).items() if key not in given]
+
+
 def given_options(arguments: list[str]) -> set[str]:
     """Names of the options on a command line."""
     return {_key(a) for a in arguments if a.startswith("--")}

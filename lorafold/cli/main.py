@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 import lorafold
 from lorafold.cli import adapters, demo, evaluate, export, fold, generate, preview, quantize, train, verify
-from lorafold.cli.config_file import expand_config, given_options
+from lorafold.cli.config_file import expand_config, given_options, with_adapter
 from lorafold.config import gather_faults, workers_of
 from lorafold.errors import LoraFoldError
 
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
     try:
         with gather_faults():  # the groups of options are made one by one while the line is parsed
             line = expand_config(arguments)
-            command, bound, ignored = app.parse_args(line, exit_on_error=False, print_error=False)
+            command, bound, ignored = app.parse_args(with_adapter(line), exit_on_error=False, print_error=False)
         told = {"given": given_options(line)} if "given" in ignored else {}
         result = command(*bound.args, **bound.kwargs, **told)
     except (LoraFoldError, CycloptsError) as error:

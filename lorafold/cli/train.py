@@ -56,7 +56,7 @@ def train(
             raise ConfigError(f"a run of --task {task.task} is one process: start it without torchrun")
         run = fine_tune(wanted, Display(), resume)
     else:
-        run = start_worker(adopted(wanted, given), Display(), resume)
+        run = start_worker(adopted(wanted, given, resume), Display(), resume)
     if run is None:  # the first worker speaks for all
         return
     s = run.summary

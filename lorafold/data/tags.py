@@ -58,7 +58,7 @@ def words_and_tags(
     ]
     if absent:
         raise DataError(f"{bullet_list(absent)}\nthe columns are: {', '.join(columns)}")
-    found, faults = [], []
+    found, faults, kinds = [], [], set()
     for number, row in rows:
         words, tags = row[words_column], row[tags_column]
         fault = _fault(words, tags)
@@ -66,7 +66,10 @@ def words_and_tags(
             faults.append(f"row {number}: {fault}")
         else:
             found.append((number, words, [str(label_of(tag)) for tag in tags]))
+            kinds |= {type(tag) for tag in tags}
     refuse_rows("rows that are no words with one tag each", faults)
+    if len(kinds) > 1:
+        raise DataError(f"tags in {tags_column!r} are text and whole numbers; give all of them one kind")
     return found
 
 
@@ -82,8 +85,11 @@ def _fault(words: Any, tags: Any) -> str | None:
     odd = [word for word in words if not isinstance(word, str)]
     if odd:
         return f"the word {odd[0]!r} is no text"
-    odd = [tag for tag in tags if label_of(tag) is None]
-    return f"the tag {odd[0]!r} is neither text nor a whole number" if odd else None
+    odd = [tag for tag in tags if label_of(tag) is None or isinstance(tag, bool)]
+    if odd:
+        return f"the tag {odd[0]!r} is neither text nor a whole number"
+    below = [tag for tag in tags if isinstance(tag, int) and tag < 0]
+    return f"the tag {below[0]} is below 0 (-100 marks what has no tag); leave such words out" if below else None
 
 
 def tokenize_tagged(rows: Sequence[Words], numbers: Iterable[int], tokenizer: Any, max_length: int) -> list[Tagged]:

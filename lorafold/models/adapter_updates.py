@@ -30,6 +30,9 @@ from lorafold.models.load import LoadedModel
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.(?:(lora|scale)_([AB])(?:\.weight)?|(offset|scale)_delta)")
 
+_WHOLE, _TABLE = "a module trained whole, such as a head, is no update of low rank", "an adapter of an embedding"
+_CANNOT = {"weight": _WHOLE, "bias": _WHOLE, "lora_embedding_A": _TABLE, "lora_embedding_B": _TABLE}
+
 
 class Place(NamedTuple):
     """What is updated: `layer` by name, and of it the `part`: `lora` (weight or offsets) or `scale`."""
@@ -95,7 +98,8 @@ def _updates(
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
         if not match or (match[4] is not None) != (spec.r == FULL):
-            faults.append(f"unexpected tensor {key}")
+            why = _CANNOT.get(key.rpartition(".")[2])
+            faults.append(f"unexpected tensor {key}" + (f" ({why}: nothing is computed with these)" if why else ""))
         elif value.dim() != 2 or not torch.isfinite(value).all():
             faults.append(f"{key} is no matrix of finite numbers")
         elif match[4]:

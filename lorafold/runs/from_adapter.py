@@ -12,18 +12,20 @@ from lorafold.adapters.inject import Injection
 from lorafold.adapters.targets import ALL_LINEAR
 from lorafold.config import METHODS, MOVING, AdapterSpec, RunConfig
 from lorafold.data.tokens import Tokens
-from lorafold.errors import ConfigError, bullet_list
+from lorafold.errors import AdapterError, ConfigError, bullet_list
 from lorafold.models.adapter_files import load_adapter, read_spec
 from lorafold.models.load import LoadedModel
 from lorafold.runs.eva import inject_for
 from lorafold.runs.folder import ADAPTER, CONFIG
+from lorafold.runs.resume import configured
 
 
-def adopted(config: RunConfig, given: Collection[str] = ()) -> RunConfig:
+def adopted(config: RunConfig, given: Collection[str] = (), resume: bool = False) -> RunConfig:
     """The run with the options of the adapter that it begins from; what all-linear means is left to the adapter.
 
     Args:
         given: names of options that were given, also where they have the values that count if they are not.
+        resume: a run that goes on knows its adapter, wherever the one that it began from is now.
 
     Raises:
         AdapterError: no adapter lies there, or one that is not supported.
@@ -31,8 +33,12 @@ def adopted(config: RunConfig, given: Collection[str] = ()) -> RunConfig:
     """
     if config.from_adapter is None:
         return config
-    folder = config.from_adapter / ADAPTER if (config.from_adapter / CONFIG).is_file() else config.from_adapter
-    spec, stated = read_spec(folder)
+    folder = _folder(config.from_adapter)
+    old = configured(config.output_dir) if resume and (config.output_dir / CONFIG).is_file() else None
+    if old is not None and old.from_adapter in (config.from_adapter, folder):
+        folder, spec, stated = old.from_adapter, old.adapter, {}
+    else:
+        spec, stated = read_spec(folder)
     if METHODS[spec.method].whole:
         raise ConfigError(
             f"{folder} holds a model trained by --method {spec.method}, and no adapter: fold it (lorafold fold) and "
@@ -56,6 +62,20 @@ def adopted(config: RunConfig, given: Collection[str] = ()) -> RunConfig:
         )
     moving = {name: getattr(wanted, name) for name in MOVING if name in said}
     return replace(config, from_adapter=folder, adapter=replace(spec, **moving))
+
+
+def stated_options(path: Path) -> dict[str, str]:
+    """Method and rank of the adapter that a run begins from, as options; none where no adapter can be read."""
+    try:
+        spec, _ = read_spec(_folder(path))
+    except AdapterError:
+        return {}  # `adopted` says it, beside everything else
+    return {"method": spec.method, **({} if METHODS[spec.method].whole else {"r": str(spec.r)})}
+
+
+def _folder(path: Path) -> Path:
+    """Of a run folder its adapter."""
+    return path / ADAPTER if (path / CONFIG).is_file() else path
 
 
 def _targets(stated: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:

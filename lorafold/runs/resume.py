@@ -69,10 +69,7 @@ def left_of(config: RunConfig, workers: int = 1) -> Left:
         if not (path.is_dir() and all(_of_no_use(p) for p in path.iterdir())):  # stopped before it had begun
             check_folder(path)
         return Left()
-    try:
-        old = RunConfig.from_dict(yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path / CONFIG} is damaged: {error}") from None
+    old = configured(path)
     there = checkpoints(path)
     state = read_state(there[-1]) if there else None
     _refuse_another(path, old, config, state, workers)
@@ -85,6 +82,18 @@ def left_of(config: RunConfig, workers: int = 1) -> Left:
         raise ConfigError(f"{path} is damaged: {METRICS} or {SAMPLES} lacks what was there at {there[-1].name}")
     same = all(getattr(old.training, key) == getattr(config.training, key) for key in _PLANNING)
     return Left(False, there[-1], state, lines, state.plan if same else None)
+
+
+def configured(path: Path) -> RunConfig:
+    """The configuration in a run folder, finished or not.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        return RunConfig.from_dict(yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path / CONFIG} is damaged: {error}") from None
 
 
 def _refuse_another(path: Path, old: RunConfig, new: RunConfig, state: State | None, workers: int) -> None:

@@ -78,7 +78,7 @@ def start_worker(config: RunConfig, display: Display, resume: bool = False) -> R
 def _start(config: RunConfig, display: Display, resume: bool, workers: Workers) -> Run | None:
     began = time.perf_counter()
     restart_peak()
-    config = adopted(config).resolved()
+    config = adopted(config, resume=resume).resolved()
     with workers.together():
         left = left_of(config, workers.count) if resume else None
         if left is None and workers.first:

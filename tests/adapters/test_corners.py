@@ -334,3 +334,14 @@ def test_a_copy_of_a_layer_that_is_adapted_in_two_ways_has_both() -> None:
     assert torch.equal(twin(x), model(x))
     set_active(twin, None)
     assert [one.active for _, one in carriers(twin)] == [(), (), ()]
+
+
+@pytest.mark.parametrize("undo", [unload, lambda model: delete_adapter(model, "default")], ids=["unload", "delete"])
+def test_a_deep_copy_is_a_model_of_its_own(undo: Callable[..., object]) -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(9, 4), "layer": nn.Linear(4, 4)})
+    adapt(model, lora("layer", modules_to_save=("table",)))
+    copied = copy.deepcopy(model)
+    undo(copied)
+    assert (model["table"](torch.arange(3)) == copied["table"](torch.arange(3))).all()
+    undo(model)
+    assert type(model["table"]) is type(copied["table"]) is nn.Embedding

@@ -80,12 +80,17 @@ def test_a_run_goes_on_where_another_ended(method: str, runs: Callable[[str], tu
 
 @pytest.mark.parametrize("method", ["qa-lora", "vera", "pissa"])
 def test_it_is_resumed_to_the_same_bits(method: str, runs: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    _, second = runs(method)
+    """Also where the adapter that the run began from is gone."""
+    first, second = runs(method)
     cut = shutil.copytree(second, tmp_path / "cut")
     for name in ("adapter", "checkpoint-6", "checkpoint-4"):
         shutil.rmtree(cut / name)
     (cut / "summary.json").unlink()
-    assert command("train", "--config", cut / "config.yaml", "--output-dir", cut, "--resume") == 0
+    first.rename(tmp_path / "gone")
+    try:
+        assert command("train", "--config", cut / "config.yaml", "--output-dir", cut, "--resume") == 0
+    finally:
+        (tmp_path / "gone").rename(first)
     assert outcome(cut) == outcome(second)
 
 
@@ -131,7 +136,7 @@ def test_ranks_move_on_an_adapter_that_has_begun(
     runs: Callable[[str], tuple[Path, Path]], base: Path, data: Path, tmp_path: Path
 ) -> None:
     first, _ = runs("patterns")
-    options = quick("--method", "lora", "--target-r", 1, "--learning-rate", 0.003)
+    options = quick("--target-r", 1, "--learning-rate", 0.003)
     line = ("train", base, "--data", data, "--from-adapter", first, *options, "--output-dir", tmp_path / "run")
     assert command(*line) == 0
     assert sum(read_run(tmp_path / "run").summary["ranks"].values()) == 21

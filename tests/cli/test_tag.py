@@ -215,6 +215,8 @@ BAD: dict[str, tuple[list[object], list[str]]] = {
     "no column": (["--tags-column", "ner_tag"], ["'ner_tag'", "did you mean 'ner_tags'", "tokens, ner_tags"]),
     "one name": (["--label-names", "O"], ["label_names are O; give at least two"]),
     "too few names": (["--data", "numbers.jsonl", "--label-names", "O", "B-PER"], ["'4'", "it has O, B-PER"]),
+    "no tag": (["--data", "ignored.jsonl"], ["the tag -100 is below 0"]),
+    "two kinds": (["--data", "mixed.jsonl"], ["'ner_tags' are text and whole numbers"]),
     "text": (["--text", "{title}"], ["text means nothing to --task token-classification"]),
     "qa-lora": (["--method", "qa-lora"], ["--method lora"]),
     "too short": (["--max-length", "2"], ["no word of the training rows", "--max-length"]),
@@ -230,6 +232,8 @@ def test_mistakes_are_named(case: str, tmp_path: Path, capsys: pytest.CaptureFix
     write_rows(tmp_path / "other.jsonl", [{"tokens": ["the", "film"], "ner_tags": ["O", "B-ORG"]}] * 2)
     uneven = [{"tokens": ["a", "b"], "ner_tags": ["O", "O"]}, {"tokens": ["a", "b", "c"], "ner_tags": ["O", "O"]}]
     write_rows(tmp_path / "uneven.jsonl", [*uneven, {"tokens": "a b", "ner_tags": ["O", "O"]}])
+    write_rows(tmp_path / "ignored.jsonl", [{"tokens": ["a", "b"], "ner_tags": [-100, 1]}] * 4)
+    write_rows(tmp_path / "mixed.jsonl", [{"tokens": ["a"], "ner_tags": [tag]} for tag in ("O", "O", 1, 1)])
     options, words = BAD[case]
     given = {"--task": "token-classification", "--method": "lora", "--data": "rows.jsonl", "--output-dir": "out"}
     line = ["train", str(model), *(x for k, v in given.items() if k not in options for x in (k, v)), *map(str, options)]
