@@ -22,8 +22,9 @@ WORDS = ["good", "films!?", "the", "U.S.", "bad.plot", "New York", "is"]  # seve
 
 
 def test_tags_are_text_in_the_end() -> None:
-    rows = [{"tokens": ["a", "b"], "tags": [0, "B-X "]}]
-    assert words_and_tags(enumerate(rows), COLUMNS, "tokens", "tags") == [(0, ["a", "b"], ["0", "B-X"])]
+    for tags, wanted in (([0, 3], ["0", "3"]), (["O", "B-X "], ["O", "B-X"])):
+        rows = [{"tokens": ["a", "b"], "tags": tags}]
+        assert words_and_tags(enumerate(rows), COLUMNS, "tokens", "tags") == [(0, ["a", "b"], wanted)]
 
 
 def test_every_bad_row_is_named() -> None:
