@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils import parametrize
 
 from lorafold.adapters.group import GroupAdapter
@@ -204,11 +203,18 @@ def adapt_parameter(model: nn.Module, path: str, tied: bool = False) -> AdaptedP
         owner.register_forward_hook(carrier.end, always_call=True),
     ]
     trained = parameter.requires_grad
-    parametrize.register_parametrization(owner, name, carrier, unsafe=True)
+    for module, its_name in ((owner, name), *others):
+        _take_own_class(module)
+        parametrize.register_parametrization(module, its_name, carrier, unsafe=True)
     owner.parametrizations[name].original.requires_grad_(trained)  # type: ignore[index, union-attr]
-    for other, its_name in others:
-        parametrize.register_parametrization(other, its_name, carrier, unsafe=True)
     return carrier
+
+
+def _take_own_class(module: nn.Module) -> None:
+    """Of a parametrized module: torch made its class for it, but deep copies share that, and its properties with it."""
+    if parametrize.is_parametrized(module):
+        kind = type(module)
+        module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))  # type: ignore[assignment]
 
 
 def _carrier(owner: nn.Module, name: str) -> AdaptedParameter | None:
@@ -263,30 +269,6 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for _, carrier in carriers(model) for name in carrier.adapters))
 
 
-class _Placed:
-    """How often a module was put into another in this process."""
-
-    count = 0
-
-    @classmethod
-    def once_more(cls, *_: Any) -> None:
-        cls.count += 1
-
-
-register_module_module_registration_hook(_Placed.once_more)
-
-
-def _kept_carriers(model: nn.Module) -> list[Carrier]:
-    """The carriers, kept until a module is put anywhere, so that a switch needs no walk.
-
-    What was taken out of the model meanwhile is among them still, and may be switched.
-    """
-    kept = vars(model).get("_lorafold_carriers")
-    if kept is None or kept[0] != _Placed.count:
-        kept = vars(model)["_lorafold_carriers"] = (_Placed.count, [carrier for _, carrier in carriers(model)])
-    return kept[1]
-
-
 def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
     """Let one adapter, or the sum of several, take part; with None the bare base.
 
@@ -294,12 +276,12 @@ def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
         AdapterError: the model carries no adapter of such a name.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names or ())
-    found = [vars(carrier) for carrier in _kept_carriers(model)]  # past torch's slow ways to attributes
-    held = [own["_modules"]["adapters"]._modules for own in found]
-    if not all(any(name in adapters for adapters in held) for name in wanted):
+    found = [carrier for _, carrier in carriers(model)]
+    if not all(any(name in carrier.adapters._modules for carrier in found) for name in wanted):
         refuse_unknown(model, wanted)
-    for own, adapters in zip(found, held, strict=True):
-        own["active"] = tuple([name for name in wanted if name in adapters])
+    for carrier in found:
+        held = carrier.adapters._modules
+        vars(carrier)["active"] = tuple([name for name in wanted if name in held])  # past torch's slow __setattr__
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -327,8 +309,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             for handle in carrier.handles:
                 handle.remove()
             for owner, parameter in carrier_uses(model, carrier):
-                kind = type(owner)  # made by torch for this module, and shared with its deep copies, which keep theirs
-                owner.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))  # type: ignore[assignment]
+                _take_own_class(owner)
                 parametrize.remove_parametrizations(owner, parameter, leave_parametrized=False)
                 if not parametrize.is_parametrized(owner):
                     vars(owner).pop("_defined_order", None)

@@ -18,16 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorafold.kernels.compiled import on_torch_threads
-from lorafold.kernels.tiles import (
-    SETTINGS,
-    configure,
-    lay,
-    release,
-    round_row,
-    supported,
-    two_panels,
-    workspace,
-)
+from lorafold.kernels.tiles import SETTINGS, configure, lay, release, round_row, supported, two_panels, workspace
 
 _FEWEST_ROWS = 64
 _GROUP = 4  # panels of the weight that the same rows of X pass, and whose results are written at once

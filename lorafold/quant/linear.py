@@ -55,11 +55,16 @@ def multiply(x: Tensor, weight: Tensor, transposed: bool, branch: tuple[Tensor, 
     Args:
         branch: for X [M, K]: E [M, R], F [N, R] (`transposed`) or [R, N] of any type, and s; s E F^T or s E F is added.
     """
-    e, f, s = branch or (None, None, 1.0)
-    if products.usable(x, weight):
-        return products.multiply(x, weight, transposed, None if e is None or f is None else (e, (s * f).to(e.dtype)))
+    usable = products.usable(x, weight)
+    if branch is None:
+        if usable:
+            return products.multiply(x, weight, transposed)
+        return F.linear(x, weight) if transposed else x @ weight
+    e, f, s = branch
+    if usable:
+        return products.multiply(x, weight, transposed, (e, (s * f).to(e.dtype)))
     y = F.linear(x, weight) if transposed else x @ weight
-    return y if e is None or f is None else y.addmm_(e, (f.t() if transposed else f).to(e.dtype), alpha=s)
+    return y.addmm_(e, (f.t() if transposed else f).to(e.dtype), alpha=s)
 
 
 def pooled(x: Tensor, size: int) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lorafold.train.loop import Step
 from lorafold.train.memory import resident_bytes
 
 _PLAIN_SECONDS = 15.0  # between two lines of progress when the output is not a terminal
@@ -65,7 +66,25 @@ class _PlainBar:
             self.say(f"{self.label}: {done}/{self.total}, {left:.0f} s left{', ' + note if note else ''}")
 
 
-def training_note(loss: float, tokens_per_second: float) -> str:
+def follow(
+    running: Iterable[Step], steps: list[Step], total: int, display: Display, after: Callable[[Step], None]
+) -> None:
+    """Let a run train to its end, each step counted in a bar, kept and then given to `after`.
+
+    Args:
+        running: what trains as it is asked for the next step.
+        steps: those that are done, which grow.
+        total: steps of the whole run.
+    """
+    with display.bar("training", total) as advance:
+        advance(len(steps))
+        for step in running:
+            steps.append(step)
+            advance(1, _training_note(step.loss, step.tokens / step.seconds))
+            after(step)
+
+
+def _training_note(loss: float, tokens_per_second: float) -> str:
     """What stands beside the training bar."""
     return f"loss {loss:.3f}  {tokens_per_second:.0f} tokens/s  {resident_bytes() / 1e9:.2f} GB"
 

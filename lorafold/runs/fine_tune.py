@@ -16,7 +16,7 @@ from lorafold.evals.figures import Figures
 from lorafold.models.adapter_files import save_adapter
 from lorafold.models.classifier import LABELS, is_quantized
 from lorafold.models.load import LoadedModel, compute_dtype
-from lorafold.runs.display import Display, training_note
+from lorafold.runs.display import Display, follow
 from lorafold.runs.folder import ADAPTER, Run, RunFolder, check_folder, checkpoint_folder, read_run
 from lorafold.runs.raw_rows import RawRows, read_raw
 from lorafold.runs.report import write_report
@@ -139,11 +139,10 @@ class _Session:
     optimizer: torch.optim.Optimizer
     folder: RunFolder
     left: Left
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Step] = field(init=False)
 
     def __post_init__(self) -> None:
-        lines = map(json.loads, self.left.metrics)
-        self.steps = [Step(**values) for values in lines if "loss" in values]
+        self.steps = self.left.steps
 
     def run(self) -> dict[str, Any]:
         """Evaluate, train, evaluate; the figures for `summary.json`."""
@@ -180,16 +179,7 @@ class _Session:
         total = total_steps(len(rows), training)
         running = train_rows(self.task.objective, self.loaded, rows, training, self.optimizer, done)
         try:
-            with self.display.bar("training", total) as advance:
-                advance(done)
-                for step in running:
-                    self.steps.append(step)
-                    self.folder.metric(**step.__dict__)
-                    advance(1, training_note(step.loss, step.tokens / step.seconds))
-                    if training.eval_steps and step.step % training.eval_steps == 0 and step.step < total:
-                        self.display.say(f"step {step.step}: {self._evaluate(step.step).describe()}")
-                    if training.save_steps and step.step % training.save_steps == 0:
-                        self._save_checkpoint(step.step)
+            follow(running, self.steps, total, self.display, lambda step: self._after(step, total))
         except BaseException as error:  # Ctrl-C and the like too: what was learned so far is kept
             if not self.steps:
                 raise
@@ -201,6 +191,14 @@ class _Session:
             again = "; --resume goes on from the last checkpoint" if training.save_steps else ""
             self.display.say(f"stopped: {kept}{again}")
             raise
+
+    def _after(self, step: Step, total: int) -> None:
+        training, number = self.config.training, step.step
+        self.folder.metric(**step.__dict__)
+        if training.eval_steps and number % training.eval_steps == 0 and number < total:
+            self.display.say(f"step {number}: {self._evaluate(number).describe()}")
+        if training.save_steps and number % training.save_steps == 0:
+            self._save_checkpoint(number)
 
     def _save(self) -> None:
         save_adapter(self.config.output_dir / ADAPTER, self.loaded, self.spec, notes=self._notes)

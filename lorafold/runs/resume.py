@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from lorafold.errors import ConfigError, bullet_list
 from lorafold.runs.folder import CONFIG, METRICS, SAMPLES, SUMMARY, check_folder, checkpoints, lines_of
 from lorafold.train.budget import Plan
 from lorafold.train.checkpoint import State, read_state
-from lorafold.train.loop import rows_per_step
+from lorafold.train.loop import Step, rows_per_step
 
 _PLANNING = ("micro_batch_tokens", "memory", "gradient_checkpointing")
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product is compared
@@ -49,8 +50,13 @@ class Left:
     plan: Plan | None = None
 
     @property
+    def steps(self) -> list[Step]:
+        """What `metrics` says of these steps."""
+        return [Step(**values) for values in map(json.loads, self.metrics) if "loss" in values]
+
+    @property
     def step(self) -> int:
-        """Steps that need not be done again."""
+        """How many need not be done again."""
         return self.state.step if self.state is not None else 0
 
 

@@ -23,7 +23,7 @@ from lorafold.evals.loss import loss_sum
 from lorafold.models.adapter_files import save_adapter
 from lorafold.models.load import LoadedModel, compute_dtype, load
 from lorafold.runs.blocks import find_blocks
-from lorafold.runs.display import Display, training_note
+from lorafold.runs.display import Display, follow
 from lorafold.runs.folder import (
     ADAPTER,
     SAMPLES,
@@ -64,7 +64,7 @@ def start(config: RunConfig, display: Display, resume: bool = False) -> Run:
         LoraFoldError: something in the input is wrong (nothing is written then), or training cannot go on (the run
             folder then holds the last good adapter).
     """
-    run = _start(config, display, resume, ALONE)
+    run = _start(adopted(config, resume=resume), display, resume, ALONE)
     assert run is not None
     return run
 
@@ -78,7 +78,7 @@ def start_worker(config: RunConfig, display: Display, resume: bool = False) -> R
 def _start(config: RunConfig, display: Display, resume: bool, workers: Workers) -> Run | None:
     began = time.perf_counter()
     restart_peak()
-    config = adopted(config, resume=resume).resolved()
+    config = config.resolved()
     with workers.together():
         left = left_of(config, workers.count) if resume else None
         if left is None and workers.first:
@@ -182,11 +182,10 @@ class _Session:
     left: Left
     ranks: MovingRanks | None = None
     folder: RunFolder | None = None
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Step] = field(init=False)
 
     def __post_init__(self) -> None:
-        lines = map(json.loads, self.left.metrics)
-        self.steps = [Step(**values) for values in lines if "loss" in values]
+        self.steps = self.left.steps
 
     def run(self) -> dict[str, Any]:
         """Evaluate, train, evaluate; the figures for `summary.json`."""
@@ -229,18 +228,7 @@ class _Session:
         running = train_steps(self.loaded, rows, training, self.plan, self.optimizer, done, self.workers, self.ranks)
         adapter = self.config.output_dir / ADAPTER
         try:
-            with self.display.bar("training", total) as advance:
-                advance(done)
-                for step in running:
-                    self.steps.append(step)
-                    self._metric(**step.__dict__)
-                    advance(1, training_note(step.loss, step.tokens / step.seconds))
-                    if training.eval_steps and step.step % training.eval_steps == 0 and step.step < total:
-                        self.loaded.model.eval()
-                        loss = self._evaluate(step.step)
-                        self.display.say(f"step {step.step}: held-out loss {loss:.4f} (before: {before:.4f})")
-                    if training.save_steps and step.step % training.save_steps == 0:
-                        self._save(step.step)
+            follow(running, self.steps, total, self.display, lambda step: self._after(step, total, before))
         except TrainingError as error:
             self._save_adapter()
             raise TrainingError(
@@ -258,6 +246,15 @@ class _Session:
         finally:
             if isinstance(rows, RowStream):
                 self.display.say(f"training data: {rows.describe_met()}")
+
+    def _after(self, step: Step, total: int, before: float) -> None:
+        training, number = self.config.training, step.step
+        self._metric(**step.__dict__)
+        if training.eval_steps and number % training.eval_steps == 0 and number < total:
+            self.loaded.model.eval()
+            self.display.say(f"step {number}: held-out loss {self._evaluate(number):.4f} (before: {before:.4f})")
+        if training.save_steps and number % training.save_steps == 0:
+            self._save(number)
 
     def _save_adapter(self) -> None:
         with self.workers.together():

@@ -345,3 +345,13 @@ def test_a_deep_copy_is_a_model_of_its_own(undo: Callable[..., object]) -> None:
     assert (model["table"](torch.arange(3)) == copied["table"](torch.arange(3))).all()
     undo(model)
     assert type(model["table"]) is type(copied["table"]) is nn.Embedding
+
+
+def test_a_deep_copy_takes_adapters_of_its_own() -> None:
+    """Torch would give the model's layer a parametrized bias as well, and nothing that makes it."""
+    model = nn.ModuleDict({"layer": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+    adapt(model, AdapterSpec("lora", r=2, target_modules=("other",), target_parameters=("layer.weight",)))
+    copied = copy.deepcopy(model)
+    adapt(copied, AdapterSpec("lora", r=2, target_modules=("other",), bias="all"), "biases")
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model["layer"](x), copied["layer"](x), atol=0, rtol=0)

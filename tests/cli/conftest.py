@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lorafold.evals import llama_cpp
 from tests.practice import command, tiny_folder, write_data
 from tests.tiny import tiny_gguf
+from tests.tiny_classifier import tiny_bert
 
 # short and steep: the tiny models are random, and the runs need only to learn something
 QUICK: dict[str, object] = {
@@ -96,6 +99,37 @@ def folded(trained: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.T
         return made[name]
 
     return make
+
+
+METHODS: dict[str, list[object]] = {  # of the tasks whose tiny models are random: steep enough to learn in some epochs
+    "lora": ["--r", 4, "--learning-rate", 0.01],
+    "vera": ["--r", 16, "--learning-rate", 0.05],
+    "full": ["--learning-rate", 0.003],
+    "last-layers": ["--layers", 1, "--learning-rate", 0.01],
+    "head": ["--learning-rate", 0.1],
+}
+Make = Callable[..., tuple[Path, Path]]
+
+
+def runs_of_task(factory: pytest.TempPathFactory, task: str, *options: object) -> Make:
+    """`make("bert", "lora")`: (model, run folder) of a task, for an encoder ("bert") or a decoder ("llama")."""
+    models: dict[str, Path] = {}
+
+    @cache
+    def make(kind: str, method: str) -> tuple[Path, Path]:
+        if kind not in models:
+            models[kind] = (tiny_bert if kind == "bert" else tiny_folder)(factory.mktemp(kind))
+        out = factory.mktemp("run") / "run"
+        line = ["--task", task, *options, "--method", method, *METHODS[method], "--dtype", "float32"]
+        assert command("train", models[kind], *line, "--output-dir", out) == 0
+        return models[kind], out
+
+    return make
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """The figures of a run."""
+    return json.loads((path / "summary.json").read_text())
 
 
 def copy_run(run: Path, target: Path) -> Path:

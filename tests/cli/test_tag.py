@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +18,15 @@ from lorafold.data.tags import tokenize_tagged
 from lorafold.runs.fold import load_trained
 from lorafold.runs.folder import read_run
 from lorafold.train.objectives import logits_of_words
-from tests.practice import command, tiny_folder
+from tests.cli.conftest import METHODS, Make, runs_of_task, summary
+from tests.practice import command
 from tests.tiny import tiny_gguf, tiny_model
 from tests.tiny_classifier import tagged_rows, tiny_bert, write_rows
 
 peft = pytest.importorskip("peft")
 TAGS = ["B-LOC", "B-PER", "I-LOC", "I-PER", "O"]
 TASK = ("--task", "token-classification")
-METHODS: dict[str, list[object]] = {
-    "lora": ["--r", 4, "--learning-rate", 0.01],
-    "vera": ["--r", 16, "--learning-rate", 0.05],
-    "full": ["--learning-rate", 0.003],
-    "last-layers": ["--layers", 1, "--learning-rate", 0.01],
-    "head": ["--learning-rate", 0.1],
-}
 HEADS = {"bert": "classifier", "llama": "score"}
-Make = Callable[..., tuple[Path, Path]]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -49,23 +40,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tagger(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Make:
     """`tagger("bert", "lora")`: (model, run folder)."""
-    models: dict[str, Path] = {}
-
-    @cache
-    def make(kind: str, method: str) -> tuple[Path, Path]:
-        if kind not in models:
-            folder = tmp_path_factory.mktemp(kind)
-            models[kind] = tiny_bert(folder) if kind == "bert" else tiny_folder(folder)
-        out = tmp_path_factory.mktemp("run") / "run"
-        options = ["--data", rows, "--method", method, *METHODS[method], "--num-train-epochs", 3, "--dtype", "float32"]
-        assert command("train", models[kind], *TASK, *options, "--output-dir", out) == 0
-        return models[kind], out
-
-    return make
-
-
-def summary(path: Path) -> dict[str, Any]:
-    return json.loads((path / "summary.json").read_text())
+    return runs_of_task(tmp_path_factory, "token-classification", "--data", rows, "--num-train-epochs", 3)
 
 
 def held_out(rows: Path) -> list[dict[str, Any]]:
