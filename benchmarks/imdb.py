@@ -33,6 +33,7 @@ METHODS: dict[str, list[str]] = {
 }
 SEARCH: dict[str, list[str]] = {  # each trained for one epoch
     "all r16 1e-3": ["--method", "lora", "--r", "16", "--learning-rate", "1e-3"],
+    "all r16 5e-4": ["--method", "lora", "--r", "16", "--learning-rate", "5e-4"],
     "all r16 3e-3": ["--method", "lora", "--r", "16", "--learning-rate", "3e-3"],
     "all r4 2e-3": ["--method", "lora", "--r", "4", "--learning-rate", "2e-3"],
     "query value r16 3e-3": [*LORA, "--r", "16", "--learning-rate", "3e-3"],
