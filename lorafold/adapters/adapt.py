@@ -109,13 +109,13 @@ def _row(
 @contextlib.contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
     """Inside, the module computes as it did before it was adapted."""
-    before = [(carrier, carrier.active) for _, carrier in carriers(model)]
+    before = [(carrier, carrier.wanted) for _, carrier in carriers(model)]
     set_active(model, None)
     try:
         yield
     finally:
-        for carrier, active in before:
-            carrier.active = active
+        for carrier, wanted in before:
+            carrier.wanted = wanted
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     Raises:
         AdapterError: a layer is packed, where only `lorafold fold` can put an update.
     """
-    before = [(carrier, carrier.active) for _, carrier in carriers(model)]
+    before = [(carrier, carrier.wanted) for _, carrier in carriers(model)]
     undo: list[Callable[[], object]] = []
     _refuse_packed(model)
     try:
@@ -144,8 +144,8 @@ def merged(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for step in undo:
                 step()
-        for carrier, active in before:
-            carrier.active = active
+        for carrier, wanted in before:
+            carrier.wanted = wanted
 
 
 def _refuse_packed(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lorafold.adapters.group import GroupAdapter
+from lorafold.adapters.holder import Holder
 from lorafold.adapters.lora import LoRA
 from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.errors import AdapterError
@@ -19,13 +20,11 @@ from lorafold.errors import AdapterError
 Adapter = LoRA | GroupAdapter
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(Holder):
     """A layer with named adapters.
 
     Attributes:
         base: the frozen layer, dense or packed.
-        adapters: by name.
-        active: names of those that take part, in the order in which they were made active.
     """
 
     base: nn.Module
@@ -33,10 +32,8 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.adapters = nn.ModuleDict()
         self.train(base.training)
         self.register_forward_hook(_nothing)  # torch's fast path of an encoder layer would read the weight past us
-        self.active: tuple[str, ...] = ()
         self._once: tuple[Tensor | None, Tensor | None] | None = None  # see `parameters_once`
         self.by_row: Callable[[Tensor], Tensor] | None = None  # see `adapters_by_row`
 
@@ -52,7 +49,8 @@ class AdaptedLayer(nn.Module):
     @property
     def adapter(self) -> Adapter | None:
         """The active adapter; None where there is none, or more than one."""
-        return self.adapters[self.active[0]] if len(self.active) == 1 else None  # type: ignore[return-value]
+        active = self.active_adapters()
+        return active[0] if len(active) == 1 else None
 
     def active_adapters(self) -> list[Adapter]:
         """Those that take part."""
@@ -84,10 +82,11 @@ class AdaptedLayer(nn.Module):
         """What the layer gives for x, with its active adapters."""
         if self.by_row is not None:
             return self.by_row(x)
-        branches = [a for a in self.active_adapters() if isinstance(a, LoRA)]
-        if len(branches) == len(self.active) == 1:
+        active = self.active_adapters()
+        branches = [adapter for adapter in active if isinstance(adapter, LoRA)]
+        if len(branches) == len(active) == 1:
             return branches[0](x)
-        y = plain = self.base(x) if len(branches) == len(self.active) else self.base(x, *self._group_parameters())
+        y = plain = self.base(x) if len(branches) == len(active) else self.base(x, *self._group_parameters())
         for branch in branches:
             y = y + branch.extra(x, plain)
         return y
@@ -106,19 +105,21 @@ Carrier = AdaptedLayer | AdaptedParameter
 def carriers(model: nn.Module) -> list[tuple[str, Carrier]]:
     """(name of the layer or parameter, what carries its adapters), in model order.
 
-    Walks by hand: with many adapters most modules are parts of these, and there is nothing in them to be found.
+    Walks by hand, past torch's slow ways to attributes: with many adapters most modules are parts of these, and there
+    is nothing in them to be found.
     """
     found: list[tuple[str, Carrier]] = []
     seen: set[AdaptedParameter] = set()  # a parameter with two names is one, under the first
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         path, module = stack.pop()
+        children = module._modules
         if isinstance(module, AdaptedLayer):
             found.append((path, module))
-            module = module.base
-        if not module._modules:
+            children = children["base"]._modules  # type: ignore[union-attr]
+        if not children:
             continue
-        children, prefix = module._modules, f"{path}." if path else ""
+        prefix = f"{path}." if path else ""
         chains = children.get("parametrizations")
         if isinstance(chains, nn.ModuleDict):
             for parameter, chain in chains.items():
@@ -276,12 +277,12 @@ def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
         AdapterError: the model carries no adapter of such a name.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names or ())
-    found = [carrier for _, carrier in carriers(model)]
-    if not all(any(name in carrier.adapters._modules for carrier in found) for name in wanted):
-        refuse_unknown(model, wanted)
-    for carrier in found:
-        held = carrier.adapters._modules
-        vars(carrier)["active"] = tuple([name for name in wanted if name in held])  # past torch's slow __setattr__
+    found = [vars(carrier) for _, carrier in carriers(model)]  # past torch's slow ways to attributes
+    for name in wanted:
+        if not any(name in own["_modules"]["adapters"]._modules for own in found):
+            refuse_unknown(model, wanted)
+    for own in found:
+        own["wanted"] = wanted
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -300,7 +301,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         if name not in carrier.adapters:
             continue
         del carrier.adapters[name]
-        carrier.active = tuple(other for other in carrier.active if other != name)
+        carrier.wanted = tuple(other for other in carrier.wanted if other != name)
         if carrier.adapters:
             continue
         if isinstance(carrier, AdaptedLayer):

@@ -218,7 +218,7 @@ def attach(model: nn.Module, path: str, adapter: Adapter, name: str = "default")
         model.set_submodule(path, module)
     _refuse_second(module, name)
     module.adapters[name] = adapter.to(_device(module.base)).train(module.training)
-    module.active = (name,)
+    module.wanted = (name,)
 
 
 def attach_parameter(
@@ -239,7 +239,7 @@ def attach_parameter(
     carrier = adapt_parameter(model, path, tied)
     _refuse_second(carrier, name)
     carrier.adapters[name] = adapter.to(carrier.device).train(carrier.training)
-    carrier.active = (name,)
+    carrier.wanted = (name,)
 
 
 def make_parameter_adapter(model: nn.Module, path: str, spec: AdapterSpec) -> ParameterLoRA:

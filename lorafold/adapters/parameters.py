@@ -12,21 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafold.adapters.holder import Holder
 
-class AdaptedParameter(nn.Module):
+
+class AdaptedParameter(Holder):
     """Named adapters of a parameter that belongs to no layer of its own: a parametrization of it.
 
     Attributes:
         device: of the parameter.
-        adapters: by name.
-        active: names of those that take part.
     """
 
     def __init__(self, device: torch.device):
         super().__init__()
         self.device = device
-        self.adapters = nn.ModuleDict()
-        self.active: tuple[str, ...] = ()
         self.handles: list[Any] = []  # of the hooks below
         self._holding = False
         self._held: list[Tensor] = []

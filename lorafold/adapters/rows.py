@@ -146,15 +146,15 @@ def adapters_by_row(
         raise AdapterError("adapters of parameters (experts, nn.MultiheadAttention) cannot differ from row to row")
     found = [carrier for _, carrier in carriers(model)]
     layers = [layer for _, layer in adapted_layers(model) if set(layer.adapters) & set(rows)]
-    before, place = [carrier.active for carrier in found], _Rows(len(rows), lengths)
+    before, place = [carrier.wanted for carrier in found], _Rows(len(rows), lengths)
     try:
         for carrier in found:
-            carrier.active = ()
+            carrier.wanted = ()
         for layer in layers:
             layer.by_row = _RowAdapters(layer, rows, place, dtype)
         yield
     finally:
-        for carrier, active in zip(found, before, strict=True):
-            carrier.active = active
+        for carrier, wanted in zip(found, before, strict=True):
+            carrier.wanted = wanted
         for layer in layers:
             layer.by_row = None

@@ -25,6 +25,7 @@ from lorafold.models.bnb_folder import BnbFolder, is_bnb
 from lorafold.models.fused_attention import any_length, replace_attention
 from lorafold.models.gated import replace_gated
 from lorafold.models.gguf_file import DENSE, GGUFFile
+from lorafold.models.heap import keep_freed_memory
 from lorafold.models.layout import BAD_CONFIG, empty_parameters, from_packed, place
 from lorafold.models.mlx_folder import MLXFolder, is_mlx
 from lorafold.models.norms import replace_norms
@@ -156,6 +157,8 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "c
         dtype: of activations and dense weights; packed weights keep their blocks.
         device: `"cpu"` or `"cuda"`.
 
+    From then on the process keeps the memory that it frees (`heap.py`): its tensors will be large, and many.
+
     Raises:
         FormatError: the model is missing, damaged or not supported; the message says what and where.
     """
@@ -180,6 +183,7 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "c
     _move(loaded.model, device)
     if torch.device(device).type != "cpu" or any_length(loaded.model, dtype):
         loaded.row_align = 1
+    keep_freed_memory()
     return loaded
 
 

@@ -22,8 +22,9 @@ from lorafold.data.tokens import Tokens
 from lorafold.errors import DataError, TrainingError
 from lorafold.evals.loss import WHOLE, pack_loss
 from lorafold.models.attention import KEPT_TOKENS
+from lorafold.models.heap import free_at_once
 from lorafold.models.load import LoadedModel
-from lorafold.train.memory import free_at_once, peak_bytes, restart_peak
+from lorafold.train.memory import peak_bytes, restart_peak
 
 _SPARE = 0.05  # of the budget: memory in pieces
 _TRIED = 256  # tokens of the pass that is measured

@@ -28,10 +28,10 @@ from lorafold.data.stream import RowStream, row_batches
 from lorafold.data.tokens import Tokens
 from lorafold.errors import ConfigError, TrainingError
 from lorafold.evals.loss import WHOLE, head_once, pack_loss
+from lorafold.models.heap import free_at_once, keep_freed_memory
 from lorafold.models.load import LoadedModel
 from lorafold.train.budget import Plan, check_fits, checkpointed, plan_within
 from lorafold.train.distributed import ALONE, Workers
-from lorafold.train.memory import free_at_once, keep_freed_memory
 from lorafold.train.schedule import learning_rate_at
 
 MICRO_BATCH_TOKENS = 1024  # where nobody says more

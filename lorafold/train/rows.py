@@ -15,9 +15,9 @@ from torch import nn
 from lorafold.adapters.adapted import parameters_once
 from lorafold.config import TrainingConfig
 from lorafold.errors import TrainingError
+from lorafold.models.heap import keep_freed_memory
 from lorafold.models.load import LoadedModel
 from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, epoch_batches, seed_step, total_steps
-from lorafold.train.memory import keep_freed_memory
 from lorafold.train.objectives import Objective
 from lorafold.train.schedule import learning_rate_at
 

@@ -37,7 +37,7 @@ def adapted(spec: AdapterSpec, base: nn.Linear | QuantLinear | None = None, std:
     for parameter in adapter.parameters():
         nn.init.normal_(parameter, std=std)
     layer.adapters["default"] = adapter
-    layer.active = ("default",)
+    layer.wanted = ("default",)
     return layer
 
 
@@ -80,7 +80,7 @@ def test_a_new_adapter_changes_nothing() -> None:
     for spec in SPECS.values():
         layer = AdaptedLayer(quantized())
         layer.adapters["default"] = make_adapter(layer.base, spec)
-        layer.active = ("default",)
+        layer.wanted = ("default",)
         assert torch.equal(layer(x), layer.base(x))
 
 
