@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafold.adapters.sites import LinearSite
-from lorafold.quant.linear import QuantLinear, frozen_weight, multiply
+from lorafold.quant.linear import QuantLinear, cross, frozen_weight, multiply
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -38,11 +38,11 @@ class _LoRALinear(torch.autograd.Function):
         x, hidden, a, b = ctx.saved_tensors
         dy = grads[0].flatten(0, -2)
         d_hidden = (dy @ b.to(dy.dtype)) * ctx.scaling
-        d_a, d_b = d_hidden.t() @ x.flatten(0, -2), (dy.t() @ hidden).float() * ctx.scaling
+        d_a, d_b = (d_hidden.t() @ x.flatten(0, -2)).float(), cross(hidden, dy).t() * ctx.scaling
         dx = None
         if ctx.needs_input_grad[0]:
             dx = multiply(dy, ctx.weight(), False, (d_hidden, a, 1.0)).view_as(x)
-        return dx, d_a.float(), d_b, None, None
+        return dx, d_a, d_b, None, None
 
 
 def _computes_plainly(base: nn.Module) -> TypeGuard[nn.Linear | QuantLinear]:

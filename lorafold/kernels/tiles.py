@@ -78,7 +78,9 @@ def _instruction(name: str, kinds: list[Any], *numbers: int) -> Any:
 
 configure, release = _instruction("llvm.x86.ldtilecfg", [_PLACE]), _instruction("llvm.x86.tilerelease", [])
 _zero0, _zero1, _zero2, _zero3 = (_instruction("llvm.x86.tilezero", [_BYTE], t) for t in range(4))
-_load4, _load5, _load6, _load7 = (_instruction("llvm.x86.tileloadd64", [_BYTE, _PLACE, _LONG], t) for t in range(4, 8))
+_load0, _load1, _load4, _load5, _load6, _load7 = (
+    _instruction("llvm.x86.tileloadd64", [_BYTE, _PLACE, _LONG], t) for t in (0, 1, 4, 5, 6, 7)
+)
 _store0, _store1, _store2, _store3 = (
     _instruction("llvm.x86.tilestored64", [_BYTE, _PLACE, _LONG], t) for t in range(4)
 )
@@ -115,6 +117,19 @@ def round_row(source, target):
 
 def _shuffle(builder: Any, first: Any, second: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+
+
+@intrinsic
+def _fetch(typing_context, place):  # noqa: ARG001 (numba's protocol)
+    """Ask for a line of memory that will be read soon; any address will do."""
+
+    def generate(_context, builder, _signature, arguments):
+        kind = ir.FunctionType(_VOID, [_PLACE, *[ir.IntType(32)] * 3])
+        near, read, data = (ir.Constant(ir.IntType(32), n) for n in (2, 0, 1))
+        call = builder.module.declare_intrinsic("llvm.prefetch", [_PLACE], kind)
+        builder.call(call, [builder.inttoptr(arguments[0], _PLACE), read, near, data])
+
+    return types.void(types.intp), generate
 
 
 @intrinsic
@@ -158,7 +173,7 @@ def _interleave(typing_context, first, second, target):  # noqa: ARG001 (numba's
 
 @njit(cache=True)
 def lay(weight, stride, transposed, j, k, out):
-    """Panel j of the weight: 32 columns of its [K, N], as tiles."""
+    """Panel j of the weight: 32 columns of its [K, N], as tiles; the lines of the panel after the next are fetched."""
     if transposed:
         for i in range(k // 32):
             source = weight + 32 * j * stride + 64 * i
@@ -168,30 +183,33 @@ def lay(weight, stride, transposed, j, k, out):
         for i in range(k // 2):
             source = weight + 2 * i * stride + 64 * j
             _interleave(source, source + stride, out + 2048 * (i // 16) + 64 * (i % 16))
+            _fetch(source + 128)
+            _fetch(source + stride + 128)
 
 
 @njit(inline="always")
-def _add(x, stride, tiles, steps):
-    for k in range(steps):
-        _load4(x + 64 * k, stride)
-        _load6(tiles + 2048 * k, 64)
-        _load7(tiles + 2048 * k + 1024, 64)
-        _add046()
-        _add147()
-        _load5(x + 16 * stride + 64 * k, stride)
-        _add256()
-        _add357()
-
-
-@njit(cache=True)
-def two_panels(x, stride, tiles, steps, e, e_stride, e_tiles, e_steps, sums, across):
-    """32 rows of X times 32 columns, and E times others: float32 sums of both, `across` bytes from row to row."""
+def _begin():
     _zero0()
     _zero1()
     _zero2()
     _zero3()
-    _add(x, stride, tiles, steps)
-    _add(e, e_stride, e_tiles, e_steps)
+
+
+@njit(inline="always")
+def _add(x, stride, tiles):
+    """32 numbers of 32 rows times 32 columns."""
+    _load4(x, stride)
+    _load6(tiles, 64)
+    _load7(tiles + 1024, 64)
+    _add046()
+    _add147()
+    _load5(x + 16 * stride, stride)
+    _add256()
+    _add357()
+
+
+@njit(inline="always")
+def _end(sums, across):
     _store0(sums, across)
     _store1(sums + 64, across)
     _store2(sums + 16 * across, across)
@@ -200,8 +218,55 @@ def two_panels(x, stride, tiles, steps, e, e_stride, e_tiles, e_steps, sums, acr
 
 @njit(cache=True)
 def panel(x, stride, tiles, steps, sums, across):
-    """32 rows of X times 32 columns: float32 sums."""
-    two_panels(x, stride, tiles, steps, x, stride, tiles, 0, sums, across)
+    """32 rows of X times 32 columns: float32 sums, `across` bytes from row to row."""
+    _begin()
+    for k in range(steps):
+        _add(x + 64 * k, stride, tiles + 2048 * k)
+    _end(sums, across)
+
+
+@njit(cache=True)
+def add_half_panel(x, stride, tiles, steps, begun, sums, across):
+    """16 rows of X times 32 columns, added to float32 sums that were `begun`, or are to be."""
+    if begun:
+        _load0(sums, across)
+        _load1(sums + 64, across)
+    else:
+        _zero0()
+        _zero1()
+    for k in range(steps):
+        _load4(x + 64 * k, stride)
+        _load6(tiles + 2048 * k, 64)
+        _load7(tiles + 2048 * k + 1024, 64)
+        _add046()
+        _add147()
+    _store0(sums, across)
+    _store1(sums + 64, across)
+
+
+@njit(cache=True)
+def panel_while_moving(
+    x, stride, tiles, steps, e, e_stride, e_tiles, e_steps, sums, done, target, target_stride, first, last
+):
+    """32 rows of X times 32 columns, and of E times others: float32 sums [32, 32] of both.
+
+    Meanwhile, since tiles multiply by themselves, other sums that are done become bfloat16 rows at `target` (0: none),
+    and of the next 32 rows of X those from `first` to `last` are asked for.
+    """
+    _begin()
+    row, steps_in_all = 0, steps + e_steps
+    for k in range(steps_in_all):
+        if k < steps:
+            _add(x + 64 * k, stride, tiles + 2048 * k)
+            for ahead in range(first, last):
+                _fetch(x + stride * (32 + ahead) + 64 * k)
+        else:
+            _add(e + 64 * (k - steps), e_stride, e_tiles + 2048 * (k - steps))
+        until = 32 * (k + 1) // steps_in_all if target else 0
+        while row < until:
+            round_row(done + 128 * row, target + target_stride * row)
+            row += 1
+    _end(sums, 128)
 
 
 class _Kept(threading.local):

@@ -67,6 +67,11 @@ def multiply(x: Tensor, weight: Tensor, transposed: bool, branch: tuple[Tensor, 
     return y.addmm_(e, (f.t() if transposed else f).to(e.dtype), alpha=s)
 
 
+def cross(p: Tensor, d: Tensor) -> Tensor:
+    """P^T D float32 [G, N] for P [T, G] and D [T, N], nothing differentiated."""
+    return products.cross(p, d) if products.usable(d, d) else (p.t() @ d).float()
+
+
 def pooled(x: Tensor, size: int) -> Tensor:
     """The sum of X [..., I] over each group of `size` inputs, [..., I / size]; nothing is differentiated."""
     return block.pool(x, size) if block.usable(x) else x.unflatten(-1, (-1, size)).sum(-1)
@@ -94,7 +99,7 @@ class _PackedMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             d_offset, d_scale = _group_gradients(rows, kept.reshape(-1, kept.shape[-1]), ctx.weight)
         elif ctx.needs_input_grad[1]:
-            d_offset = (rows.T @ kept.reshape(-1, kept.shape[-1])).float()
+            d_offset = cross(kept.reshape(-1, kept.shape[-1]), rows).t()
         return dx, d_offset if ctx.needs_input_grad[1] else None, d_scale, None
 
 

@@ -110,7 +110,7 @@ def make_optimizer(loaded: LoadedModel, config: TrainingConfig) -> torch.optim.O
     chosen = {id(p) for p in faster}
     groups: list[dict[str, Any]] = [{"params": [p for p in trained.values() if id(p) not in chosen], "lr_scale": 1.0}]
     groups += [{"params": faster, "lr_scale": ratio}] if faster else []
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
 def train_steps(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorafold.kernels import products, tiles
-from lorafold.quant.linear import multiply
+from lorafold.quant.linear import cross, multiply
 
 pytestmark = pytest.mark.skipif(not tiles.supported(), reason="a processor with matrix tiles")
 
@@ -27,6 +27,28 @@ def test_products_with_a_branch(rows: int, rank: int, transposed: bool) -> None:
     result = multiply(x, weight, transposed, (e, f, 2.0) if rank else None)
     # rounded once, to 8 bits, after sums of up to 200 products of about 1 in float32
     torch.testing.assert_close(result.double(), wanted, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [(9600, 160), (256, 32)], ids=["in pieces", "rows shared"])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_products_too_large_for_a_cache_or_too_narrow_for_two(wide: int, narrow: int, transposed: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(96, wide).bfloat16(), torch.randn(narrow, wide).bfloat16()
+    wanted = x.double() @ weight.double().t()
+    result = multiply(x, weight if transposed else weight.t().contiguous(), transposed)
+    torch.testing.assert_close(result.double(), wanted, rtol=2**-8, atol=wide**0.5 * 1e-4)
+
+
+@pytest.mark.parametrize("narrow", [1, 8, 16, 48])
+@pytest.mark.parametrize("rows", [64, 96, 1000, 1024])
+def test_sums_over_rows(rows: int, narrow: int) -> None:
+    torch.manual_seed(0)
+    p, d = torch.randn(rows, narrow).bfloat16(), torch.randn(rows, 352).bfloat16()
+    wanted = p.double().t() @ d.double()
+    # float32 sums of up to 1,024 products of about 1; where torch does it, they are rounded to bfloat16 at the end
+    rounding = 1e-5 if products.usable(d, d) else 2**-8
+    torch.testing.assert_close(cross(p, d).double(), wanted, rtol=rounding, atol=1e-4)
+    torch.testing.assert_close(products.cross(p, d).double(), wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_a_branch_without_tiles() -> None:
