@@ -86,17 +86,24 @@ class AdaptedLayer(Holder):
         branches = [adapter for adapter in active if isinstance(adapter, LoRA)]
         if len(branches) == len(active) == 1:
             return branches[0](x)
-        y = plain = self.base(x) if len(branches) == len(active) else self.base(x, *self._group_parameters())
+        y = plain = self.base(x) if len(branches) == len(active) else self.base(x, *self.group_parameters())
         for branch in branches:
             y = y + branch.extra(x, plain)
         return y
 
-    def _group_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+    def group_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        """What `offset` and `scale` give, computed once where `parameters_once` says so."""
         return self._once or (self.offset(), self.scale())
 
 
 def _nothing(*_: Any) -> None:
     """A hook, of which only the presence counts."""
+
+
+def watched(layer: AdaptedLayer) -> bool:
+    """Whether it matters that the layer itself is called: for hooks, or rows with adapters of their own."""
+    hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
+    return layer.by_row is not None or any(hook is not _nothing for hook in hooks)
 
 
 Carrier = AdaptedLayer | AdaptedParameter

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafold.adapters.sites import LinearSite
-from lorafold.quant.linear import QuantLinear, cross, frozen_weight, multiply
+from lorafold.quant.linear import QuantLinear, cross, decoded, frozen_weight, multiply
+from lorafold.quant.weight import StackedWeight
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -43,6 +44,12 @@ class _LoRALinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = multiply(dy, ctx.weight(), False, (d_hidden, a, 1.0)).view_as(x)
         return dx, d_a, d_b, None, None
+
+
+def lora_linear(x: Tensor, a: Tensor, b: Tensor, weight: StackedWeight) -> Tensor:
+    """W x + B A x [..., O] for x [..., I], A [r, I] and B [O, r]; W is frozen."""
+    y: Tensor = _LoRALinear.apply(x, a, b, 1.0, lambda: decoded(weight, x.dtype))  # type: ignore[assignment]
+    return y
 
 
 def _computes_plainly(base: nn.Module) -> TypeGuard[nn.Linear | QuantLinear]:

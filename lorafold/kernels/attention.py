@@ -65,14 +65,22 @@ def _rotated_back(sums, token, column, tables, out):
 
 
 @njit(cache=True)
-def _gather(path, pack, column, k, v, tables, keys, values, size):
-    """Rotated keys and the values of a path's tokens, zeros after them: bfloat16 [size, D] at two addresses."""
+def _columns(qkv, width, head, heads):
+    """How many query heads share one of `heads` key heads, and the columns where that one's keys and values begin."""
+    group = qkv.shape[1] // width // heads - 2
+    key = (group * heads + head) * width
+    return group, key, key + heads * width
+
+
+@njit(cache=True)
+def _gather(path, pack, key, value, qkv, tables, keys, values, size):
+    """Rotated keys and values of a path's tokens, of two columns, zeros after them: bfloat16 [size, D] at addresses."""
     starts, lengths, bytes_ = pack[0], pack[1], 2 * tables[0].shape[1]
     n = 0
     for s in path:
         for token in range(starts[s], starts[s] + lengths[s]):
-            _rotated(k, token, column, tables, keys + bytes_ * n)
-            copy(address(v, token, column), bytes_, values + bytes_ * n)
+            _rotated(qkv, token, key, tables, keys + bytes_ * n)
+            copy(address(qkv, token, value), bytes_, values + bytes_ * n)
             n += 1
     clear(keys + bytes_ * n, bytes_ * (size - n))
     clear(values + bytes_ * n, bytes_ * (size - n))
@@ -108,10 +116,11 @@ def _round(source, length, out):
 
 
 @njit(cache=True)
-def _attend(segment, head, q, k, v, tables, pack, scale, window, at, out):
+def _attend(segment, head, heads, qkv, tables, pack, scale, window, at, out):
     """The outputs of one segment and the query heads of one key head."""
     path, tokens = _path(segment, pack)
-    width, group, size = tables[0].shape[1], q.shape[1] // k.shape[1], _up(tokens)
+    width, size = tables[0].shape[1], _up(tokens)
+    group, key, value = _columns(qkv, width, head, heads)
     start, own = pack[0][segment], pack[1][segment]
     step = 2 * size * width
     keys, values, laid_keys, laid_values = at, at + step, at + 2 * step, at + 3 * step
@@ -119,7 +128,7 @@ def _attend(segment, head, q, k, v, tables, pack, scale, window, at, out):
     scores = queries + 64 * width
     weights = scores + 128 * size
     sums = weights + 64 * size
-    _gather(path, pack, head * width, k, v, tables, keys, values, size)
+    _gather(path, pack, key, value, qkv, tables, keys, values, size)
     _lay_all(keys, size, width, True, laid_keys)
     _lay_all(values, size, width, False, laid_values)
     for h in range(head * group, (head + 1) * group):
@@ -127,7 +136,7 @@ def _attend(segment, head, q, k, v, tables, pack, scale, window, at, out):
             rows, first = min(32, own - i), tokens - own + i
             seen = min(size, _up(first + 32))
             for r in range(rows):
-                _rotated(q, start + i + r, h * width, tables, queries + 2 * width * r)
+                _rotated(qkv, start + i + r, h * width, tables, queries + 2 * width * r)
             clear(queries + 2 * width * rows, 2 * width * (32 - rows))
             _scores(queries, width, laid_keys, seen // 32, scores, 4 * size)
             for r in range(rows):
@@ -140,13 +149,13 @@ def _attend(segment, head, q, k, v, tables, pack, scale, window, at, out):
 
 
 @njit(parallel=True, cache=True)
-def _forward(q, k, v, tables, pack, tasks, scale, window, rooms, settings, out):
+def _forward(qkv, heads, tables, pack, tasks, scale, window, rooms, settings, out):
     threads = rooms.shape[0]
     for thread in prange(threads):
         configure(settings)
         for task in range(thread, len(tasks), threads):
             room = rooms[thread].ctypes.data
-            _attend(tasks[task, 0], tasks[task, 1], q, k, v, tables, pack, scale, window, room, out)
+            _attend(tasks[task, 0], tasks[task, 1], heads, qkv, tables, pack, scale, window, room, out)
         release()
 
 
@@ -164,11 +173,12 @@ def _put_transposed(source, across, spare, out, stride):
 
 @njit(cache=True)
 def _attend_backward(
-    segment, head, q, k, v, dy, tables, pack, spills, scale, window, at, dq, dk, dv, dk_spilled, dv_spilled
+    segment, head, heads, qkv, dy, tables, pack, spills, scale, window, at, d_qkv, dk_spilled, dv_spilled
 ):
     """The gradients of one segment's queries, and its share in those of the keys and values of its path."""
     path, tokens = _path(segment, pack)
-    width, group, size = tables[0].shape[1], q.shape[1] // k.shape[1], _up(tokens)
+    width, size = tables[0].shape[1], _up(tokens)
+    group, key_at, value_at = _columns(qkv, width, head, heads)
     start, own = pack[0][segment], pack[1][segment]
     many = group * _up(own)  # the queries of all heads of this key head, one head after the other
     step, tall = 2 * size * width, 2 * many * width
@@ -181,7 +191,7 @@ def _attend_backward(
     p, d, d_words = at, at + 128 * size, at + 256 * size
     at += 320 * size
     sums, other, spare = at, at + 128 * width, at + 256 * width
-    _gather(path, pack, head * width, k, v, tables, keys, values, size)
+    _gather(path, pack, key_at, value_at, qkv, tables, keys, values, size)
     _lay_all(keys, size, width, True, turned_keys)
     _lay_all(values, size, width, True, turned_values)
     _lay_all(keys, size, width, False, laid_keys)
@@ -192,7 +202,7 @@ def _attend_backward(
             seen = min(size, _up(first + 32))
             q_rows, dy_rows = queries + 2 * width * base, given + 2 * width * base
             for r in range(rows):
-                _rotated(q, start + i + r, column, tables, q_rows + 2 * width * r)
+                _rotated(qkv, start + i + r, column, tables, q_rows + 2 * width * r)
                 copy(address(dy, start + i + r, column), 2 * width, dy_rows + 2 * width * r)
             clear(q_rows + 2 * width * rows, 2 * width * (32 - rows))
             clear(dy_rows + 2 * width * rows, 2 * width * (32 - rows))
@@ -207,7 +217,7 @@ def _attend_backward(
             clear(d + 4 * size * rows, 4 * size * (32 - rows))
             _mix(d_words, 2 * size, laid_keys, seen // 32, size, width, sums)
             for r in range(rows):
-                _rotated_back(sums + 4 * width * r, start + i + r, column, tables, dq)
+                _rotated_back(sums + 4 * width * r, start + i + r, column, tables, d_qkv)
             for j in range(0, seen, 32):
                 _put_transposed(p + 4 * j, 4 * size, spare, p_turned + 2 * (j * many + base), 2 * many)
                 _put_transposed(d + 4 * j, 4 * size, spare, d_turned + 2 * (j * many + base), 2 * many)
@@ -229,22 +239,22 @@ def _attend_backward(
                 copy(value, 4 * width, address(dv_spilled, spilled, column))
                 spilled += 1
             else:
-                _rotated_back(key, token, column, tables, dk)
-                _round(value, width, address(dv, token, column))
+                _rotated_back(key, token, key_at, tables, d_qkv)
+                _round(value, width, address(d_qkv, token, value_at))
             n += 1
 
 
 @njit(parallel=True, cache=True)
 def _backward(
-    q, k, v, dy, tables, pack, tasks, spills, scale, window, rooms, settings, dq, dk, dv, dk_spilled, dv_spilled
+    qkv, heads, dy, tables, pack, tasks, spills, scale, window, rooms, settings, d_qkv, dk_spilled, dv_spilled
 ):
     threads = rooms.shape[0]
     for thread in prange(threads):
         configure(settings)
         for task in range(thread, len(tasks), threads):
             given = (tables, pack, spills, scale, window, rooms[thread].ctypes.data)
-            results = (dq, dk, dv, dk_spilled, dv_spilled)
-            _attend_backward(tasks[task, 0], tasks[task, 1], q, k, v, dy, *given, *results)
+            results = (d_qkv, dk_spilled, dv_spilled)
+            _attend_backward(tasks[task, 0], tasks[task, 1], heads, qkv, dy, *given, *results)
         release()
 
 
@@ -261,6 +271,7 @@ class Layout:
         lengths = np.array(segments, np.int64)
         starts = np.cumsum(lengths) - lengths
         path_at = np.cumsum([0, *map(len, paths)])
+        self.key_heads = key_heads
         self.pack = (starts, lengths, path_at, np.array([i for path in paths for i in path], np.int64))
         seen = [sum(segments[i] for i in path) for path in paths]
         largest_first = sorted(range(len(paths)), key=lambda i: -segments[i] * seen[i])
@@ -293,42 +304,33 @@ def _tables(cos: Tensor, sin: Tensor) -> tuple[np.ndarray, ...]:
     return cos.contiguous().numpy(), sin.contiguous().numpy(), -sin.roll(sin.shape[1] // 2, dims=-1).numpy()
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int
-) -> Tensor:
-    """Attention of q [T, H * D] over k and v [T, K * D] -> [T, H * D]; cos and sin [T, D]."""
+def forward(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int) -> Tensor:
+    """Attention of queries, keys and values side by side [T, (H + 2 K) D] -> [T, H * D]; cos and sin [T, D]."""
     assert supported()  # which also asks the system for the tiles
-    out, size, width = torch.empty(q.shape, dtype=q.dtype), layout.longest_path, cos.shape[1]
+    size, width, heads = layout.longest_path, cos.shape[1], layout.key_heads
+    out = torch.empty(len(qkv), qkv.shape[1] - 2 * heads * width, dtype=qkv.dtype)
     rooms = workspace(2 * size * width + 48 * (size + width))
-    given = (raw(q), raw(k), raw(v), _tables(cos, sin), layout.pack, layout.tasks, np.float32(scale), window)
+    given = (raw(qkv), heads, _tables(cos, sin), layout.pack, layout.tasks, np.float32(scale), window)
     on_torch_threads(_forward, *given, rooms, SETTINGS.ctypes.data, raw(out))
     return out
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    layout: Layout,
-    scale: float,
-    window: int,
-    dy: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `forward` with respect to q, k and v for dy [T, H * D]."""
+def backward(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int, dy: Tensor) -> Tensor:
+    """The gradient of `forward` with respect to queries, keys and values for dy [T, H * D]."""
     assert supported()
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    size, width, many = layout.longest_path, cos.shape[1], q.shape[1] // k.shape[1] * layout.longest
+    d_qkv, heads = torch.empty(qkv.shape, dtype=qkv.dtype), layout.key_heads
+    size, width = layout.longest_path, cos.shape[1]
+    keys_wide = heads * width
+    many = dy.shape[1] // keys_wide * layout.longest
     rooms = workspace(5 * size * width // 2 + 2 * many * width + size * many + 80 * size + 64 * width + 1024)
-    spilled = [torch.empty(len(layout.spilled), k.shape[1]) for _ in range(2)]
-    given = (raw(q), raw(k), raw(v), raw(dy), _tables(cos, sin), layout.pack, layout.tasks, layout.spills)
-    results = (raw(dq), raw(dk), raw(dv), *(x.numpy() for x in spilled))
+    spilled = [torch.empty(len(layout.spilled), keys_wide) for _ in range(2)]
+    given = (raw(qkv), heads, raw(dy), _tables(cos, sin), layout.pack, layout.tasks, layout.spills)
+    results = (raw(d_qkv), *(x.numpy() for x in spilled))
     on_torch_threads(_backward, *given, np.float32(scale), window, rooms, SETTINGS.ctypes.data, *results)
     if len(tokens := layout.shared_tokens):
-        keys, values = (torch.zeros(k.shape).index_add_(0, layout.spilled, parts)[tokens] for parts in spilled)
-        heads, c, s = keys.view(len(keys), -1, width), cos[tokens, None].float(), sin[tokens, None].float()
-        low, high = (heads * s).chunk(2, -1)
-        dk[tokens] = (heads * c + torch.cat([high, -low], -1)).flatten(1).to(dk.dtype)
-        dv[tokens] = values.to(dv.dtype)
-    return dq, dk, dv
+        keys, values = (torch.zeros(len(qkv), keys_wide).index_add_(0, layout.spilled, x)[tokens] for x in spilled)
+        by_head, c, s = keys.view(len(keys), -1, width), cos[tokens, None].float(), sin[tokens, None].float()
+        low, high = (by_head * s).chunk(2, -1)
+        keys = (by_head * c + torch.cat([high, -low], -1)).flatten(1)
+        d_qkv[tokens, dy.shape[1] :] = torch.cat([keys, values], 1).to(d_qkv.dtype)
+    return d_qkv

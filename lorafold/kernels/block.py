@@ -123,29 +123,42 @@ def rms_norm_backward(x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor) -> Te
 
 
 @njit(parallel=True, cache=True)
-def _swiglu(gate, up, out):
-    for t in prange(gate.shape[0]):
-        swiglu_row(address(gate, t, 0), address(up, t, 0), gate.shape[1], address(out, t, 0))
+def _swiglu(rows, n, gate, up, stride, out):
+    for t in prange(rows):
+        swiglu_row(gate + stride * t, up + stride * t, n, out + 2 * n * t)
 
 
 @njit(parallel=True, cache=True)
-def _swiglu_backward(gate, up, dy, d_gate, d_up):
-    for t in prange(gate.shape[0]):
-        given = (address(gate, t, 0), address(up, t, 0), address(dy, t, 0))
-        swiglu_backward_row(*given, gate.shape[1], address(d_gate, t, 0), address(d_up, t, 0))
+def _swiglu_backward(rows, n, gate, up, dy, d_gate, d_up, stride):
+    for t in prange(rows):
+        at = stride * t
+        swiglu_backward_row(gate + at, up + at, dy + 2 * n * t, n, d_gate + at, d_up + at)
+
+
+def _lines(*parts: Tensor) -> list[Tensor]:
+    """Parts as rows [T, N] the same number of bytes apart, as they lie if that can be."""
+    rows = [x.detach().reshape(-1, x.shape[-1]) for x in parts]
+    regular = len({x.stride() for x in rows}) == 1 and rows[0].stride(1) == 1
+    return rows if regular else [x.contiguous() for x in rows]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, all [..., N]."""
+    """silu(gate) * up, all [..., N]; gate and up may be halves of one tensor."""
     out = torch.empty(gate.shape, dtype=gate.dtype)
-    on_torch_threads(_swiglu, _whole(gate), _whole(up), _whole(out))
+    gate, up = _lines(gate, up)
+    on_torch_threads(_swiglu, *gate.shape, gate.data_ptr(), up.data_ptr(), 2 * gate.stride(0), out.data_ptr())
     return out
 
 
-def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `swiglu` with respect to gate and up."""
-    d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
-    on_torch_threads(_swiglu_backward, _whole(gate), _whole(up), _whole(dy), _whole(d_gate), _whole(d_up))
+def swiglu_backward(
+    gate: Tensor, up: Tensor, dy: Tensor, room: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `swiglu` with respect to gate and up, in a room that lies as these do, if there is one."""
+    gate, up = _lines(gate, up) if room else (gate.contiguous(), up.contiguous())
+    d_gate, d_up = room or (torch.empty_like(gate), torch.empty_like(up))
+    rows, n, dy = gate.numel() // gate.shape[-1], gate.shape[-1], dy.contiguous()
+    given = [x.data_ptr() for x in (gate, up, dy, d_gate, d_up)]
+    on_torch_threads(_swiglu_backward, rows, n, *given, 2 * gate.stride(-2))
     return d_gate, d_up
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafold.adapters.together import together
 from lorafold.kernels import attention as tiled
 from lorafold.kernels import block
 from lorafold.kernels.attention import Layout
@@ -89,17 +90,15 @@ class _PackAttention(torch.autograd.Function):
 
 class _TileAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, cos, sin)
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int) -> Tensor:
+        ctx.save_for_backward(qkv, cos, sin)
         ctx.layout, ctx.scale, ctx.window = layout, scale, window
-        return tiled.forward(q, k, v, cos, sin, layout, scale, window)
+        return tiled.forward(qkv, cos, sin, layout, scale, window)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cos, sin = ctx.saved_tensors
-        return *tiled.backward(q, k, v, cos, sin, ctx.layout, ctx.scale, ctx.window, grads[0]), *[None] * 5
+        qkv, cos, sin = ctx.saved_tensors
+        return tiled.backward(qkv, cos, sin, ctx.layout, ctx.scale, ctx.window, grads[0]), *[None] * 5
 
 
 @lru_cache(maxsize=4)
@@ -154,16 +153,20 @@ def attention_forward(
         return type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, past_key_values, **options
         )
-    q, k, v = (project(hidden_states)[0] for project in (module.q_proj, module.k_proj, module.v_proj))
     cos, sin = (x.expand(1, *x.shape[1:])[0] for x in position_embeddings)
     assert len(hidden_states) == 1  # rows lie end to end
     owner = module.config if type(module).__name__ == "MistralAttention" else module  # Qwen2 says it layer by layer
     window = getattr(owner, "sliding_window", None)
     window, parents = window or most, parents or [-1] * len(segments)
+    projections = (module.q_proj, module.k_proj, module.v_proj)
     if is_tiled:
-        layout = _layout(tuple(segments), tuple(parents), k.shape[1] // cos.shape[1])
-        out = _TileAttention.apply(q, k, v, cos, sin, layout, module.scaling, window)
+        qkv = together(hidden_states, projections)
+        qkv = torch.cat([project(hidden_states) for project in projections], -1) if qkv is None else qkv
+        heads = qkv.shape[-1] // width // (module.num_key_value_groups + 2)
+        layout = _layout(tuple(segments), tuple(parents), heads)
+        out = _TileAttention.apply(qkv[0], cos, sin, layout, module.scaling, window)
     else:
+        q, k, v = (project(hidden_states)[0] for project in projections)
         out = _PackAttention.apply(q, k, v, cos, sin, segments, parents, module.scaling, window)
     return module.o_proj(out[None]), None  # type: ignore[index]
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafold.adapters.together import together
+from lorafold.kernels import block
 from lorafold.kernels.choice import kernels_for
 
 # classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x))
@@ -31,8 +33,30 @@ class _SwiGLU(torch.autograd.Function):
         return kernels_for(gate).swiglu_backward(gate, up, grads[0])
 
 
+class _StackedSwiGLU(torch.autograd.Function):
+    """The same for gate and up as halves of one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, -1)
+        return block.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        d_both = torch.empty_like(both)
+        gate, up = both.chunk(2, -1)
+        d_gate, d_up = d_both.chunk(2, -1)
+        block.swiglu_backward(gate, up, grads[0], (d_gate, d_up))
+        return d_both
+
+
 def gated_forward(module: Any, x: Tensor) -> Tensor:
     """The forward pass of a gated block, [..., N] -> [..., N]."""
+    both = together(x, (module.gate_proj, module.up_proj)) if block.usable(x) else None
+    if both is not None:
+        return module.down_proj(_StackedSwiGLU.apply(both))
     gate, up = module.gate_proj(x), module.up_proj(x)
     gated = _SwiGLU.apply(gate, up) if kernels_for(gate) else module.act_fn(gate) * up
     return module.down_proj(gated)

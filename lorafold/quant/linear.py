@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafold.kernels import block, products
-from lorafold.quant.weight import QuantizedWeight
+from lorafold.quant.weight import QuantizedWeight, StackedWeight
 
 _GRADIENT_ENTRIES = 1 << 22  # weights whose dense gradient is held at once
 MOST_KEPT = 1 << 29  # weights that `decoded_once` keeps: 1 GiB in bfloat16
@@ -37,8 +37,11 @@ class _Room(threading.local):
 _room = _Room()
 
 
-def _decoded(
-    weight: QuantizedWeight, dtype: torch.dtype, offset: Tensor | None = None, scale: Tensor | None = None
+def decoded(
+    weight: QuantizedWeight | StackedWeight,
+    dtype: torch.dtype,
+    offset: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The dense weight [O, I], good until the next one is decoded."""
     count = weight.shape[0] * weight.shape[1]
@@ -87,13 +90,13 @@ class _PackedMatmul(torch.autograd.Function):
         elif offset is not None and offset.requires_grad:
             kept = pooled(x, weight.format.group_size)
         ctx.save_for_backward(offset, scale, kept)
-        return multiply(x, _decoded(weight, x.dtype, offset, scale), True)
+        return multiply(x, decoded(weight, x.dtype, offset, scale), True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (dy,) = grads
         offset, scale, kept = ctx.saved_tensors
-        dx = multiply(dy, _decoded(ctx.weight, dy.dtype, offset, scale), False) if ctx.needs_input_grad[0] else None
+        dx = multiply(dy, decoded(ctx.weight, dy.dtype, offset, scale), False) if ctx.needs_input_grad[0] else None
         d_offset = d_scale = None
         rows = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[2]:
@@ -101,6 +104,12 @@ class _PackedMatmul(torch.autograd.Function):
         elif ctx.needs_input_grad[1]:
             d_offset = cross(kept.reshape(-1, kept.shape[-1]), rows).t()
         return dx, d_offset if ctx.needs_input_grad[1] else None, d_scale, None
+
+
+def multiply_packed(x: Tensor, weight: StackedWeight, offset: Tensor | None = None) -> Tensor:
+    """X W^T [..., O] for X [..., I]; `offset` [O, G] stands in for the stored ones."""
+    y: Tensor = _PackedMatmul.apply(x, offset, None, weight)  # type: ignore[assignment]
+    return y
 
 
 class _PackedRows(torch.autograd.Function):
@@ -199,6 +208,18 @@ class QuantLinear(_Packed):
         return f"{self.in_features} -> {self.out_features}, {self.codec}"
 
 
+def stacked(layers: Sequence[nn.Module], x: Tensor) -> StackedWeight | None:
+    """The weights of layers for one input; None unless all are packed, on a CPU, and nothing watches them."""
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
+    parts = []
+    for layer in layers:
+        if not isinstance(layer, QuantLinear) or layer._keep_dense or layer._forward_hooks or layer._forward_pre_hooks:
+            return None
+        parts.append(layer.packed)
+    return StackedWeight(tuple(parts))
+
+
 class QuantEmbedding(_Packed):
     """A lookup table [vocabulary, width] of which only the rows asked for are decoded.
 
@@ -230,7 +251,7 @@ def frozen_weight(layer: nn.Linear | QuantLinear, dtype: torch.dtype) -> Callabl
     """What gives the weight [out, in] in a type each time it is needed; None where it is trained or kept decoded."""
     if isinstance(layer, QuantLinear):
         packed = layer.packed
-        return None if layer._keep_dense else lambda: _decoded(packed, dtype)
+        return None if layer._keep_dense else lambda: decoded(packed, dtype)
     weight = layer.weight
     return None if weight.requires_grad or weight.dtype != dtype else lambda: weight
 

@@ -63,6 +63,52 @@ class QuantizedWeight:
         return QuantizedWeight(self.codec, self.shape, self.blocks.to(device), extra)
 
 
+@dataclass(frozen=True, eq=False)
+class StackedWeight:
+    """Matrices [out, in] of one input on a CPU, one below the other, each with its own codec."""
+
+    parts: tuple[QuantizedWeight, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(sum of out, in)."""
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    @property
+    def one_group_size(self) -> bool:
+        """Whether the groups of all are of one size."""
+        return len({part.format.group_size for part in self.parts}) == 1
+
+    @property
+    def blocks(self) -> Tensor:
+        """Of the first."""
+        return self.parts[0].blocks
+
+    @property
+    def format(self) -> Codec:
+        """Of the first."""
+        return self.parts[0].format
+
+    def decode(
+        self,
+        dtype: torch.dtype = torch.float32,
+        offset: Tensor | None = None,
+        scale: Tensor | None = None,
+        room: Tensor | None = None,
+    ) -> Tensor:
+        """As of one matrix; the result is in the room, if there is one."""
+        (out, width), at = self.shape, 0
+        room = torch.empty(out * width, dtype=dtype) if room is None else room
+        for part in self.parts:
+            rows, here = slice(at, at + part.shape[0]), room[at * width : (at + part.shape[0]) * width]
+            own = [None if values is None else values[rows] for values in (offset, scale)]
+            dense = part.decode(dtype, *own, here)
+            if dense.data_ptr() != here.data_ptr():
+                here.view(part.shape).copy_(dense)
+            at += part.shape[0]
+        return room[: out * width].view(out, width)
+
+
 def check_encodable(weight: Tensor, codec: Codec) -> None:
     """Refuse a dense [out, in] matrix that no blocks of a format can hold.
 

@@ -217,10 +217,10 @@ def test_tiled_attention(kind: str, tree: Segments, width: int, monkeypatch: pyt
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_undefined_keys_are_seen(value: float) -> None:
     """Whoever sees a key that is not finite is not a number, and nobody else."""
-    q, k, v = (torch.randn(40, n * 32).bfloat16() for n in (4, 2, 2))
-    k[7, 5] = value
+    qkv = torch.randn(40, 8 * 32).bfloat16()  # 4 query heads, 2 of keys, 2 of values
+    qkv[7, 4 * 32 + 5] = value
     cos, sin = _angles(torch.arange(40), 32)
-    out = tiled.forward(q, k, v, cos, sin, tiled.Layout([40], [[0]], 2), 0.2, 99)
+    out = tiled.forward(qkv, cos, sin, tiled.Layout([40], [[0]], 2), 0.2, 99)
     assert out[7:, :64].isnan().all()
     assert out[:7].isfinite().all()
     assert out[:, 64:].isfinite().all()  # the other key head
@@ -230,17 +230,17 @@ def test_undefined_keys_are_seen(value: float) -> None:
 def test_sums_of_ancestors_do_not_depend_on_threads() -> None:
     """The same bits from one thread and from two."""
     tree = ([20, 30, 40, 10], [-1, 0, 0, 1])
-    q, k, v, dy = (torch.randn(100, n * 64).bfloat16() for n in (6, 2, 2, 6))
+    qkv, dy = (torch.randn(100, n * 64).bfloat16() for n in (10, 6))
     cos, sin = _angles(torch.arange(100), 64)
     layout = tiled.Layout(tree[0], attention.paths(tree[1]), 2)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            results.append(tiled.backward(q, k, v, cos, sin, layout, 0.1, 99, dy))
+            results.append(tiled.backward(qkv, cos, sin, layout, 0.1, 99, dy))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("vocabulary", [16, 48, 1008])
