@@ -23,7 +23,7 @@ from lorafold.data.packs import Pack, micro_batches, pack
 from lorafold.data.tokens import Tokens
 from lorafold.kernels.choice import kernels_for
 from lorafold.models.load import LoadedModel
-from lorafold.quant.linear import QuantLinear
+from lorafold.quant.linear import QuantLinear, multiply_into
 
 WHOLE = 64  # the tokens of a pack are rounded up to this, see `pack`
 SHARED = TrainingConfig.shared_prefix_tokens  # tokens in common that stand once, see `pack`
@@ -55,7 +55,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             here = slice(start, start + CHUNK)
             rows = len(targets[here])
             part, target = F.pad(hidden[here], (0, 0, 0, -rows % _FEW)), F.pad(targets[here], (0, -rows % _FEW))
-            logits = torch.mm(part, weight.T, out=room[: len(part)])
+            logits = multiply_into(part, weight, room[: len(part)])
             losses = _cross_entropy_(logits, target, grad is not None)
             total += losses[:rows].sum()
             if grad is not None:

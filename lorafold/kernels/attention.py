@@ -9,6 +9,8 @@ for the backward pass, which computes them again (as arXiv 2205.14135 does).
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import torch
 from numba import njit, prange
@@ -17,7 +19,15 @@ from torch import Tensor
 from lorafold.kernels import block
 from lorafold.kernels.block import raw
 from lorafold.kernels.compiled import address, on_torch_threads
-from lorafold.kernels.rows import clear, copy, rotate_floats, rotate_words, softmax_backward_row, softmax_row
+from lorafold.kernels.rows import (
+    clear,
+    copy,
+    rotate_floats,
+    rotate_words,
+    scaled_row,
+    softmax_backward_row,
+    softmax_row,
+)
 from lorafold.kernels.tiles import (
     SETTINGS,
     configure,
@@ -116,7 +126,7 @@ def _round(source, length, out):
 
 
 @njit(cache=True)
-def _attend(segment, head, heads, qkv, tables, pack, scale, window, at, out):
+def _attend(segment, head, heads, qkv, tables, pack, scale, window, at, out, found):
     """The outputs of one segment and the query heads of one key head."""
     path, tokens = _path(segment, pack)
     width, size = tables[0].shape[1], _up(tokens)
@@ -140,22 +150,22 @@ def _attend(segment, head, heads, qkv, tables, pack, scale, window, at, out):
             clear(queries + 2 * width * rows, 2 * width * (32 - rows))
             _scores(queries, width, laid_keys, seen // 32, scores, 4 * size)
             for r in range(rows):
-                row = scores + 4 * size * r
-                softmax_row(row, seen, max(0, first + r + 1 - window), first + r, scale)
-                _round(row, seen, weights + 2 * size * r)
+                row, words, place = scores + 4 * size * r, weights + 2 * size * r, address(found[h], start + i + r, 0)
+                softmax_row(row, seen, max(0, first + r + 1 - window), first + r, scale, words, place)
             _mix(weights, 2 * size, laid_values, seen // 32, size, width, sums)
             for r in range(rows):
-                _round(sums + 4 * width * r, width, address(out, start + i + r, h * width))
+                token = start + i + r
+                scaled_row(sums + 4 * width * r, width, found[h, token, 1], address(out, token, h * width))
 
 
 @njit(parallel=True, cache=True)
-def _forward(qkv, heads, tables, pack, tasks, scale, window, rooms, settings, out):
+def _forward(qkv, heads, tables, pack, tasks, scale, window, rooms, settings, out, found):
     threads = rooms.shape[0]
     for thread in prange(threads):
         configure(settings)
         for task in range(thread, len(tasks), threads):
             room = rooms[thread].ctypes.data
-            _attend(tasks[task, 0], tasks[task, 1], heads, qkv, tables, pack, scale, window, room, out)
+            _attend(tasks[task, 0], tasks[task, 1], heads, qkv, tables, pack, scale, window, room, out, found)
         release()
 
 
@@ -173,7 +183,7 @@ def _put_transposed(source, across, spare, out, stride):
 
 @njit(cache=True)
 def _attend_backward(
-    segment, head, heads, qkv, dy, tables, pack, spills, scale, window, at, d_qkv, dk_spilled, dv_spilled
+    segment, head, heads, qkv, found, dy, tables, pack, spills, scale, window, at, d_qkv, dk_spilled, dv_spilled
 ):
     """The gradients of one segment's queries, and its share in those of the keys and values of its path."""
     path, tokens = _path(segment, pack)
@@ -210,9 +220,10 @@ def _attend_backward(
             _scores(dy_rows, width, turned_values, seen // 32, d, 4 * size)
             for r in range(rows):
                 p_row, d_row = p + 4 * size * r, d + 4 * size * r
-                softmax_row(p_row, seen, max(0, first + r + 1 - window), first + r, scale)
-                softmax_backward_row(p_row, d_row, seen, scale)
-                _round(d_row, seen, d_words + 2 * size * r)
+                largest, inverse = found[head * group + h, start + i + r]
+                low = max(0, first + r + 1 - window)
+                words = d_words + 2 * size * r
+                softmax_backward_row(p_row, d_row, seen, low, first + r, scale, largest, inverse, words)
             clear(p + 4 * size * rows, 4 * size * (32 - rows))
             clear(d + 4 * size * rows, 4 * size * (32 - rows))
             _mix(d_words, 2 * size, laid_keys, seen // 32, size, width, sums)
@@ -246,7 +257,7 @@ def _attend_backward(
 
 @njit(parallel=True, cache=True)
 def _backward(
-    qkv, heads, dy, tables, pack, tasks, spills, scale, window, rooms, settings, d_qkv, dk_spilled, dv_spilled
+    qkv, found, heads, dy, tables, pack, tasks, spills, scale, window, rooms, settings, d_qkv, dk_spilled, dv_spilled
 ):
     threads = rooms.shape[0]
     for thread in prange(threads):
@@ -254,7 +265,7 @@ def _backward(
         for task in range(thread, len(tasks), threads):
             given = (tables, pack, spills, scale, window, rooms[thread].ctypes.data)
             results = (d_qkv, dk_spilled, dv_spilled)
-            _attend_backward(tasks[task, 0], tasks[task, 1], heads, qkv, dy, *given, *results)
+            _attend_backward(tasks[task, 0], tasks[task, 1], heads, qkv, found, dy, *given, *results)
         release()
 
 
@@ -284,8 +295,8 @@ class Layout:
             spill_at[i] = len(tokens)
             tokens += [t for s in path if shared[s] for t in range(starts[s], starts[s] + segments[s])]
         self.spills = (shared, spill_at)
-        self.spilled = torch.tensor(tokens, dtype=torch.int64)
-        self.shared_tokens = self.spilled.unique()
+        self.spilled = len(tokens)
+        self.shared_tokens, self.share_of = torch.tensor(tokens, dtype=torch.int64).unique(return_inverse=True)
 
 
 def most_tokens(group: int) -> int:
@@ -298,24 +309,47 @@ def usable(q: Tensor, width: int) -> bool:
     return block.usable(q) and width % 32 == 0 and supported()
 
 
+class _Tables(threading.local):
+    """The tables of the last angles: all layers of a pack ask for the same."""
+
+    angles: tuple[Tensor, ...] = ()
+    made: tuple[np.ndarray, ...] = ()
+
+
+_tables_kept = _Tables()
+
+
 def _tables(cos: Tensor, sin: Tensor) -> tuple[np.ndarray, ...]:
     """What a rotation multiplies with, and its transpose."""
-    cos, sin = cos.float(), sin.float()
-    return cos.contiguous().numpy(), sin.contiguous().numpy(), -sin.roll(sin.shape[1] // 2, dims=-1).numpy()
+    kept = _tables_kept
+    if [(x.data_ptr(), x.shape, x._version) for x in kept.angles] != [
+        (x.data_ptr(), x.shape, x._version) for x in (cos, sin)
+    ]:
+        wide, turned = sin.float().contiguous(), -sin.float().roll(sin.shape[1] // 2, dims=-1)
+        kept.angles = (cos, sin)  # held, so that no other tensor can lie in their place
+        kept.made = (cos.float().contiguous().numpy(), wide.numpy(), turned.numpy())
+    return kept.made
 
 
-def forward(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int) -> Tensor:
-    """Attention of queries, keys and values side by side [T, (H + 2 K) D] -> [T, H * D]; cos and sin [T, D]."""
+def forward(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    """Attention of queries, keys and values side by side [T, (H + 2 K) D] -> [T, H * D]; cos and sin [T, D].
+
+    Returns:
+        That, and what `backward` wants to know of the scores: [H, T, 2], the largest and the inverse of their sum.
+    """
     assert supported()  # which also asks the system for the tiles
     size, width, heads = layout.longest_path, cos.shape[1], layout.key_heads
     out = torch.empty(len(qkv), qkv.shape[1] - 2 * heads * width, dtype=qkv.dtype)
+    found = torch.empty(out.shape[1] // width, len(qkv), 2)
     rooms = workspace(2 * size * width + 48 * (size + width))
     given = (raw(qkv), heads, _tables(cos, sin), layout.pack, layout.tasks, np.float32(scale), window)
-    on_torch_threads(_forward, *given, rooms, SETTINGS.ctypes.data, raw(out))
-    return out
+    on_torch_threads(_forward, *given, rooms, SETTINGS.ctypes.data, raw(out), found.numpy())
+    return out, found
 
 
-def backward(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int, dy: Tensor) -> Tensor:
+def backward(
+    qkv: Tensor, found: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int, dy: Tensor
+) -> Tensor:
     """The gradient of `forward` with respect to queries, keys and values for dy [T, H * D]."""
     assert supported()
     d_qkv, heads = torch.empty(qkv.shape, dtype=qkv.dtype), layout.key_heads
@@ -323,12 +357,12 @@ def backward(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float
     keys_wide = heads * width
     many = dy.shape[1] // keys_wide * layout.longest
     rooms = workspace(5 * size * width // 2 + 2 * many * width + size * many + 80 * size + 64 * width + 1024)
-    spilled = [torch.empty(len(layout.spilled), keys_wide) for _ in range(2)]
-    given = (raw(qkv), heads, raw(dy), _tables(cos, sin), layout.pack, layout.tasks, layout.spills)
+    spilled = [torch.empty(layout.spilled, keys_wide) for _ in range(2)]
+    given = (raw(qkv), found.numpy(), heads, raw(dy), _tables(cos, sin), layout.pack, layout.tasks, layout.spills)
     results = (raw(d_qkv), *(x.numpy() for x in spilled))
     on_torch_threads(_backward, *given, np.float32(scale), window, rooms, SETTINGS.ctypes.data, *results)
     if len(tokens := layout.shared_tokens):
-        keys, values = (torch.zeros(len(qkv), keys_wide).index_add_(0, layout.spilled, x)[tokens] for x in spilled)
+        keys, values = (torch.zeros(len(tokens), keys_wide).index_add_(0, layout.share_of, x) for x in spilled)
         by_head, c, s = keys.view(len(keys), -1, width), cos[tokens, None].float(), sin[tokens, None].float()
         low, high = (by_head * s).chunk(2, -1)
         keys = (by_head * c + torch.cat([high, -low], -1)).flatten(1)

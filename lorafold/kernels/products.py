@@ -98,17 +98,24 @@ def usable(x: Tensor, weight: Tensor) -> bool:
     return fits and not any(n % 32 for n in weight.shape) and x.numel() >= _FEWEST_ROWS * x.shape[-1] and supported()
 
 
-def multiply(x: Tensor, weight: Tensor, transposed: bool, branch: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def multiply(
+    x: Tensor,
+    weight: Tensor,
+    transposed: bool,
+    branch: tuple[Tensor, Tensor] | None = None,
+    room: Tensor | None = None,
+) -> Tensor:
     """X W^T (`transposed`; weight [N, K]) or X W (weight [K, N]) for X [..., K] -> [..., N]; for what is `usable`.
 
     Args:
         branch: E [M, R] and F [N, R] (`transposed`) or [R, N]; E F^T or E F is added.
+        room: as many numbers as the result has with M rounded up to 32, contiguous, which it is put into.
     """
     assert supported()  # which also asks the system for the tiles
     n, k = weight.shape if transposed else weight.shape[::-1]
     rows, weight = _padded(x.detach().reshape(-1, k)), weight.contiguous()
     e, f = (_padded(part.detach()) for part in branch) if branch else (rows[:, :0], weight[:0])
-    y, r = weight.new_empty(len(rows), n), e.shape[1]
+    y, r = weight.new_empty(len(rows), n) if room is None else room.view(len(rows), n), e.shape[1]
     group = max(1, min(n // 32, _LAID_BYTES // (64 * (k + r))))
     on_torch_threads(
         _multiply,

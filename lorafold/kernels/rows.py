@@ -30,24 +30,36 @@ from lorafold.kernels.lanes import (
 )
 
 
-@intrinsic
-def softmax_row(typing_context, row, length, first, last, scale):  # noqa: ARG001 (numba's protocol)
-    """Scores become softmax(scale * score) over the places from `first` to `last`, in place; 0 elsewhere.
+def _seen(builder: Any, first: Any, last: Any) -> Any:
+    """seen(i): the mask of the lanes of vector i that stand from `first` to `last`."""
+    lane = ir.Constant(BITS, list(range(16)))
+    low, high = (everywhere(builder, builder.trunc(x, INT)).value for x in (first, last))
 
-    All weights are not numbers if a score that is seen is none, or infinite.
+    def seen(index: Any) -> Any:
+        number = builder.add(everywhere(builder, builder.trunc(builder.shl(index, LONG(4)), INT)).value, lane)
+        after, before = builder.icmp_signed(">=", number, low), builder.icmp_signed("<=", number, high)
+        return builder.and_(after, before)
+
+    return seen
+
+
+def _put(builder: Any, lanes: Lanes, target: Any) -> None:
+    """One number of those that are the same in all lanes."""
+    builder.store(builder.extract_element(lanes.value, INT(0)), builder.inttoptr(target, ir.FloatType().as_pointer()))
+
+
+@intrinsic
+def softmax_row(typing_context, row, length, first, last, scale, out, found):  # noqa: ARG001 (numba's protocol)
+    """exp(scale * (score - largest)) over the places from `first` to `last`, as words at `out`; 0 elsewhere.
+
+    Two numbers are found: the largest score, and by what to multiply so that the sum is 1, which is no number if a
+    score that is seen is none, or infinite.
     """
 
     def generate(_context, builder, _signature, arguments):
-        row, length, first, last, scale = arguments
-        lane = ir.Constant(BITS, list(range(16)))
-        low, high = (everywhere(builder, builder.trunc(x, INT)).value for x in (first, last))
+        row, length, first, last, scale, out, found = arguments
         highest, total, undefined = (State(builder, x) for x in (float("-inf"), 0.0, 0.0))
-
-        def seen(index: Any) -> Any:
-            number = builder.add(everywhere(builder, builder.trunc(builder.shl(index, LONG(4)), INT)).value, lane)
-            after, before = builder.icmp_signed(">=", number, low), builder.icmp_signed("<=", number, high)
-            return builder.and_(after, before)
-
+        seen = _seen(builder, first, last)
         with vectors(builder, length) as i:
             x, mask = load(builder, row, i), seen(i)
             highest.set(highest.get().larger(x.where(mask, float("-inf"))))
@@ -57,28 +69,48 @@ def softmax_row(typing_context, row, length, first, last, scale):  # noqa: ARG00
         with vectors(builder, length) as i:
             e = ((load(builder, row, i) - largest) * factor).exp2().where(seen(i), 0.0)
             total.set(total.get() + e)
-            store(builder, e, row, i)
-        inverse = (1.0 / total.get().sum()) + undefined.get().sum()
-        with vectors(builder, length) as i:
-            store(builder, load(builder, row, i) * inverse, row, i)
+            store_words(builder, e, out, i)
+        _put(builder, largest, found)
+        _put(builder, 1.0 / (total.get().sum() + undefined.get().sum()), builder.add(found, LONG(4)))
 
-    return types.void(types.intp, types.intp, types.intp, types.intp, types.float32), generate
+    return types.void(*[types.intp] * 4, types.float32, *[types.intp] * 2), generate
 
 
 @intrinsic
-def softmax_backward_row(typing_context, weights, d, length, scale):  # noqa: ARG001 (numba's protocol)
-    """The gradient of the weights becomes that of the scores, in place in `d`."""
+def softmax_backward_row(typing_context, row, d, length, first, last, scale, largest, inverse, words):  # noqa: ARG001
+    """Scores become weights by what was found of them, in place; d, the gradient of these, that of the scores.
+
+    That stands in place and as words.
+    """
 
     def generate(_context, builder, _signature, arguments):
-        weights, d, length, scale = arguments
-        dot = State(builder, 0.0)
+        row, d, length, first, last, scale, largest, inverse, words = arguments
+        dot, seen = State(builder, 0.0), _seen(builder, first, last)
+        factor, top, share = (everywhere(builder, x) for x in (scale, largest, inverse))
         with vectors(builder, length) as i:
-            dot.set(dot.get() + load(builder, weights, i) * load(builder, d, i))
-        mean, factor = dot.get().sum(), everywhere(builder, scale)
+            p = (((load(builder, row, i) - top) * (factor * LOG2E)).exp2() * share).where(seen(i), 0.0)
+            store(builder, p, row, i)
+            dot.set(dot.get() + p * load(builder, d, i))
+        mean = dot.get().sum()
         with vectors(builder, length) as i:
-            store(builder, load(builder, weights, i) * (load(builder, d, i) - mean) * factor, d, i)
+            given = load(builder, row, i) * (load(builder, d, i) - mean) * factor
+            store(builder, given, d, i)
+            store_words(builder, given, words, i)
 
-    return types.void(types.intp, types.intp, types.intp, types.float32), generate
+    return types.void(*[types.intp] * 5, *[types.float32] * 3, types.intp), generate
+
+
+@intrinsic
+def scaled_row(typing_context, row, length, factor, out):  # noqa: ARG001 (numba's protocol)
+    """float32 numbers times one, as words."""
+
+    def generate(_context, builder, _signature, arguments):
+        row, length, factor, out = arguments
+        by = everywhere(builder, factor)
+        with vectors(builder, length) as i:
+            store_words(builder, load(builder, row, i) * by, out, i)
+
+    return types.void(types.intp, types.intp, types.float32, types.intp), generate
 
 
 def _rotation(from_words: bool) -> Any:

@@ -91,14 +91,15 @@ class _PackAttention(torch.autograd.Function):
 class _TileAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int) -> Tensor:
-        ctx.save_for_backward(qkv, cos, sin)
+        out, found = tiled.forward(qkv, cos, sin, layout, scale, window)
+        ctx.save_for_backward(qkv, found, cos, sin)
         ctx.layout, ctx.scale, ctx.window = layout, scale, window
-        return tiled.forward(qkv, cos, sin, layout, scale, window)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, cos, sin = ctx.saved_tensors
-        return tiled.backward(qkv, cos, sin, ctx.layout, ctx.scale, ctx.window, grads[0]), *[None] * 5
+        qkv, found, cos, sin = ctx.saved_tensors
+        return tiled.backward(qkv, found, cos, sin, ctx.layout, ctx.scale, ctx.window, grads[0]), *[None] * 5
 
 
 @lru_cache(maxsize=4)
@@ -164,7 +165,7 @@ def attention_forward(
         qkv = torch.cat([project(hidden_states) for project in projections], -1) if qkv is None else qkv
         heads = qkv.shape[-1] // width // (module.num_key_value_groups + 2)
         layout = _layout(tuple(segments), tuple(parents), heads)
-        out = _TileAttention.apply(qkv[0], cos, sin, layout, module.scaling, window)
+        out = _TileAttention.apply(qkv.flatten(0, 1), cos, sin, layout, module.scaling, window)
     else:
         q, k, v = (project(hidden_states)[0] for project in projections)
         out = _PackAttention.apply(q, k, v, cos, sin, segments, parents, module.scaling, window)

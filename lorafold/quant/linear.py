@@ -70,6 +70,13 @@ def multiply(x: Tensor, weight: Tensor, transposed: bool, branch: tuple[Tensor, 
     return y.addmm_(e, (f.t() if transposed else f).to(e.dtype), alpha=s)
 
 
+def multiply_into(x: Tensor, weight: Tensor, room: Tensor) -> Tensor:
+    """X W^T for X [M, K] and weight [N, K], put into a room [M, N]; M is a multiple of 32."""
+    if products.usable(x, weight):
+        return products.multiply(x, weight, True, room=room)
+    return torch.mm(x, weight.T, out=room)
+
+
 def cross(p: Tensor, d: Tensor) -> Tensor:
     """P^T D float32 [G, N] for P [T, G] and D [T, N], nothing differentiated."""
     return products.cross(p, d) if products.usable(d, d) else (p.t() @ d).float()

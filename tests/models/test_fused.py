@@ -220,7 +220,7 @@ def test_undefined_keys_are_seen(value: float) -> None:
     qkv = torch.randn(40, 8 * 32).bfloat16()  # 4 query heads, 2 of keys, 2 of values
     qkv[7, 4 * 32 + 5] = value
     cos, sin = _angles(torch.arange(40), 32)
-    out = tiled.forward(qkv, cos, sin, tiled.Layout([40], [[0]], 2), 0.2, 99)
+    out, _ = tiled.forward(qkv, cos, sin, tiled.Layout([40], [[0]], 2), 0.2, 99)
     assert out[7:, :64].isnan().all()
     assert out[:7].isfinite().all()
     assert out[:, 64:].isfinite().all()  # the other key head
@@ -237,7 +237,8 @@ def test_sums_of_ancestors_do_not_depend_on_threads() -> None:
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            results.append(tiled.backward(qkv, cos, sin, layout, 0.1, 99, dy))
+            _, found = tiled.forward(qkv, cos, sin, layout, 0.1, 99)
+            results.append(tiled.backward(qkv, found, cos, sin, layout, 0.1, 99, dy))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)
