@@ -36,14 +36,14 @@ SAME_LOSS = 0.02  # bf16 on both sides, and TRL keeps its norms and adapters in 
 PROFILED = 4  # steps
 PARTS = {
     "base weights: decoding and products": ("_PackedMatmul", "_PackedMatmulBackward"),
-    "head, adapters: products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "gradient of the head, adapters: products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": ("_TileAttention", "_TileAttentionBackward", "_PackAttention", "_PackAttentionBackward"),
-    "gated activation": ("_SwiGLU", "_SwiGLUBackward"),
+    "gated activation": ("_SwiGLU", "_SwiGLUBackward", "_StackedSwiGLU", "_StackedSwiGLUBackward"),
     "norms": ("_RMSNormFunction", "_RMSNormFunctionBackward"),
-    "loss": ("_FrozenHeadLoss", "_FrozenHeadLossBackward"),
+    "loss, logits": ("_FrozenHeadLoss", "_FrozenHeadLossBackward"),
     "sums": ("aten::add", "aten::add_"),
     "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::clone"),
-    "optimizer": ("Optimizer.step#AdamW.step", "aten::_foreach_mul_", "aten::_foreach_addcdiv_"),
+    "optimizer": ("Optimizer.step#AdamW.step", "aten::_fused_adamw_"),
 }
 CONTENDERS = {
     "lorafold qa-lora": {"method": "qa-lora"},

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorafold.kernels import block
 from lorafold.kernels.block import raw
-from lorafold.kernels.compiled import address, on_torch_threads
+from lorafold.kernels.compiled import address, empty, on_torch_threads
 from lorafold.kernels.rows import (
     clear,
     copy,
@@ -339,7 +339,7 @@ def forward(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float,
     """
     assert supported()  # which also asks the system for the tiles
     size, width, heads = layout.longest_path, cos.shape[1], layout.key_heads
-    out = torch.empty(len(qkv), qkv.shape[1] - 2 * heads * width, dtype=qkv.dtype)
+    out = empty(len(qkv), qkv.shape[1] - 2 * heads * width, dtype=qkv.dtype)
     found = torch.empty(out.shape[1] // width, len(qkv), 2)
     rooms = workspace(2 * size * width + 48 * (size + width))
     given = (raw(qkv), heads, _tables(cos, sin), layout.pack, layout.tasks, np.float32(scale), window)
@@ -352,7 +352,7 @@ def backward(
 ) -> Tensor:
     """The gradient of `forward` with respect to queries, keys and values for dy [T, H * D]."""
     assert supported()
-    d_qkv, heads = torch.empty(qkv.shape, dtype=qkv.dtype), layout.key_heads
+    d_qkv, heads = empty(*qkv.shape, dtype=qkv.dtype), layout.key_heads
     size, width = layout.longest_path, cos.shape[1]
     keys_wide = heads * width
     many = dy.shape[1] // keys_wide * layout.longest

@@ -14,7 +14,7 @@ import torch
 from numba import config, njit, prange
 from torch import Tensor
 
-from lorafold.kernels.compiled import address, on_torch_threads, round_bfloat16
+from lorafold.kernels.compiled import address, empty, on_torch_threads, round_bfloat16
 from lorafold.kernels.rows import (
     logits_row,
     pool_row,
@@ -108,7 +108,7 @@ def _rms_norm_backward(x, weight, rstd, dy, dx):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """weight * x / rms(x) and 1 / rms(x) [...] float32, over the last dimension of x [..., N]."""
-    out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:-1])
+    out, rstd = empty(*x.shape, dtype=x.dtype), torch.empty(x.shape[:-1])
     factors = weight.detach().float().numpy()
     on_torch_threads(_rms_norm, _whole(x), factors, np.float32(eps), _whole(out), rstd.view(-1).numpy())
     return out, rstd
@@ -116,7 +116,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def rms_norm_backward(x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor) -> Tensor:
     """The gradient of `rms_norm` with respect to x."""
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = empty(*x.shape, dtype=x.dtype)
     factors = weight.detach().float().numpy()
     on_torch_threads(_rms_norm_backward, _whole(x), factors, rstd.view(-1).numpy(), _whole(dy), _whole(dx))
     return dx
@@ -144,7 +144,7 @@ def _lines(*parts: Tensor) -> list[Tensor]:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, all [..., N]; gate and up may be halves of one tensor."""
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = empty(*gate.shape, dtype=gate.dtype)
     gate, up = _lines(gate, up)
     on_torch_threads(_swiglu, *gate.shape, gate.data_ptr(), up.data_ptr(), 2 * gate.stride(0), out.data_ptr())
     return out
@@ -155,7 +155,7 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `swiglu` with respect to gate and up, in a room that lies as these do, if there is one."""
     gate, up = _lines(gate, up) if room else (gate.contiguous(), up.contiguous())
-    d_gate, d_up = room or (torch.empty_like(gate), torch.empty_like(up))
+    d_gate, d_up = room or (empty(*gate.shape, dtype=gate.dtype), empty(*gate.shape, dtype=gate.dtype))
     rows, n, dy = gate.numel() // gate.shape[-1], gate.shape[-1], dy.contiguous()
     given = [x.data_ptr() for x in (gate, up, dy, d_gate, d_up)]
     on_torch_threads(_swiglu_backward, rows, n, *given, 2 * gate.stride(-2))

@@ -18,7 +18,7 @@ from numba import njit, prange
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafold.kernels.compiled import on_torch_threads
+from lorafold.kernels.compiled import empty, on_torch_threads
 from lorafold.kernels.tiles import (
     SETTINGS,
     add_half_panel,
@@ -115,7 +115,7 @@ def multiply(
     n, k = weight.shape if transposed else weight.shape[::-1]
     rows, weight = _padded(x.detach().reshape(-1, k)), weight.contiguous()
     e, f = (_padded(part.detach()) for part in branch) if branch else (rows[:, :0], weight[:0])
-    y, r = weight.new_empty(len(rows), n) if room is None else room.view(len(rows), n), e.shape[1]
+    y, r = empty(len(rows), n, dtype=x.dtype) if room is None else room.view(len(rows), n), e.shape[1]
     group = max(1, min(n // 32, _LAID_BYTES // (64 * (k + r))))
     on_torch_threads(
         _multiply,

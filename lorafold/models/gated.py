@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorafold.adapters.together import together
 from lorafold.kernels import block
 from lorafold.kernels.choice import kernels_for
+from lorafold.kernels.compiled import empty
 
 # classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x))
 REPLACED = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
@@ -45,7 +46,7 @@ class _StackedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (both,) = ctx.saved_tensors
-        d_both = torch.empty_like(both)
+        d_both = empty(*both.shape, dtype=both.dtype)
         gate, up = both.chunk(2, -1)
         d_gate, d_up = d_both.chunk(2, -1)
         block.swiglu_backward(gate, up, grads[0], (d_gate, d_up))
