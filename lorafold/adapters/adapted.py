@@ -16,6 +16,7 @@ from lorafold.adapters.holder import Holder
 from lorafold.adapters.lora import LoRA
 from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.errors import AdapterError
+from lorafold.quant.linear import untouched
 
 Adapter = LoRA | GroupAdapter
 
@@ -102,8 +103,10 @@ def _nothing(*_: Any) -> None:
 
 def watched(layer: AdaptedLayer) -> bool:
     """Whether it matters that the layer itself is called: for hooks, or rows with adapters of their own."""
-    hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
-    return layer.by_row is not None or any(hook is not _nothing for hook in hooks)
+    kinds = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    hooked = any(hook is not _nothing for hooks in kinds for hook in hooks.values())
+    adapters = all(map(untouched, layer.active_adapters()))
+    return layer.by_row is not None or hooked or not adapters or "forward" in vars(layer)
 
 
 Carrier = AdaptedLayer | AdaptedParameter

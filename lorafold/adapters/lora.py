@@ -48,7 +48,8 @@ class _LoRALinear(torch.autograd.Function):
 
 def lora_linear(x: Tensor, a: Tensor, b: Tensor, weight: StackedWeight) -> Tensor:
     """W x + B A x [..., O] for x [..., I], A [r, I] and B [O, r]; W is frozen."""
-    y: Tensor = _LoRALinear.apply(x, a, b, 1.0, lambda: decoded(weight, x.dtype))  # type: ignore[assignment]
+    dtype = x.dtype  # x itself would be kept alive
+    y: Tensor = _LoRALinear.apply(x, a, b, 1.0, lambda: decoded(weight, dtype))  # type: ignore[assignment]
     return y
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from lorafold.data.read import Rows
 from lorafold.data.rows import Converter, Example
 from lorafold.data.tokens import Tokens, describe_lost, tokenize, tokenize_each
 
@@ -20,6 +19,18 @@ KEPT_ROWS, KEPT_BYTES = 10_000, 20_000_000  # up to so many, of so much text, ar
 _SPREAD, _LONGEST = 1000, 64  # rows of the sample: evenly over all, and those with the most text
 _BATCH = 1000  # rows tokenized at once when all are asked for
 _T = TypeVar("_T")
+
+
+class Source(Protocol):
+    """What a stream wants of `read.Rows`, whose library takes 90 MB that training by itself does not need."""
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        """One row."""
+        ...
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of text of each row."""
+        ...
 
 
 class RowStream:
@@ -41,7 +52,7 @@ class RowStream:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Source,
         index: np.ndarray,
         convert: Converter,
         tokenizer: Any,

@@ -319,12 +319,15 @@ class _Tables(threading.local):
 _tables_kept = _Tables()
 
 
+def _identity(x: Tensor) -> tuple[object, ...]:
+    """What tells a tensor that is alive from others, and from itself before it was changed."""
+    return x.data_ptr(), x.shape, x.stride(), 0 if x.is_inference() else x._version
+
+
 def _tables(cos: Tensor, sin: Tensor) -> tuple[np.ndarray, ...]:
     """What a rotation multiplies with, and its transpose."""
     kept = _tables_kept
-    if [(x.data_ptr(), x.shape, x._version) for x in kept.angles] != [
-        (x.data_ptr(), x.shape, x._version) for x in (cos, sin)
-    ]:
+    if [_identity(x) for x in kept.angles] != [_identity(cos), _identity(sin)]:
         wide, turned = sin.float().contiguous(), -sin.float().roll(sin.shape[1] // 2, dims=-1)
         kept.angles = (cos, sin)  # held, so that no other tensor can lie in their place
         kept.made = (cos.float().contiguous().numpy(), wide.numpy(), turned.numpy())
@@ -340,7 +343,7 @@ def forward(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float,
     assert supported()  # which also asks the system for the tiles
     size, width, heads = layout.longest_path, cos.shape[1], layout.key_heads
     out = empty(len(qkv), qkv.shape[1] - 2 * heads * width, dtype=qkv.dtype)
-    found = torch.empty(out.shape[1] // width, len(qkv), 2)
+    found = torch.empty(out.shape[1] // width, len(qkv), 2, dtype=torch.float32)
     rooms = workspace(2 * size * width + 48 * (size + width))
     given = (raw(qkv), heads, _tables(cos, sin), layout.pack, layout.tasks, np.float32(scale), window)
     on_torch_threads(_forward, *given, rooms, SETTINGS.ctypes.data, raw(out), found.numpy())
@@ -357,7 +360,7 @@ def backward(
     keys_wide = heads * width
     many = dy.shape[1] // keys_wide * layout.longest
     rooms = workspace(5 * size * width // 2 + 2 * many * width + size * many + 80 * size + 64 * width + 1024)
-    spilled = [torch.empty(layout.spilled, keys_wide) for _ in range(2)]
+    spilled = [torch.empty(layout.spilled, keys_wide, dtype=torch.float32) for _ in range(2)]
     given = (raw(qkv), found.numpy(), heads, raw(dy), _tables(cos, sin), layout.pack, layout.tasks, layout.spills)
     results = (raw(d_qkv), *(x.numpy() for x in spilled))
     on_torch_threads(_backward, *given, np.float32(scale), window, rooms, SETTINGS.ctypes.data, *results)

@@ -137,16 +137,22 @@ def _swiglu_backward(rows, n, gate, up, dy, d_gate, d_up, stride):
 
 def _lines(*parts: Tensor) -> list[Tensor]:
     """Parts as rows [T, N] the same number of bytes apart, as they lie if that can be."""
+    assert parts[0].shape[-1] % 16 == 0
     rows = [x.detach().reshape(-1, x.shape[-1]) for x in parts]
     regular = len({x.stride() for x in rows}) == 1 and rows[0].stride(1) == 1
-    return rows if regular else [x.contiguous() for x in rows]
+    return rows if regular and len(rows[0]) > 1 else [x.contiguous() for x in rows]
+
+
+def _apart(rows: Tensor) -> int:
+    """Bytes from row to row of [T, N]; torch says anything of a single row."""
+    return rows.itemsize * (rows.stride(0) if len(rows) > 1 else rows.shape[1])
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, all [..., N]; gate and up may be halves of one tensor."""
     out = empty(*gate.shape, dtype=gate.dtype)
     gate, up = _lines(gate, up)
-    on_torch_threads(_swiglu, *gate.shape, gate.data_ptr(), up.data_ptr(), 2 * gate.stride(0), out.data_ptr())
+    on_torch_threads(_swiglu, *gate.shape, gate.data_ptr(), up.data_ptr(), _apart(gate), out.data_ptr())
     return out
 
 
@@ -154,11 +160,13 @@ def swiglu_backward(
     gate: Tensor, up: Tensor, dy: Tensor, room: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `swiglu` with respect to gate and up, in a room that lies as these do, if there is one."""
-    gate, up = _lines(gate, up) if room else (gate.contiguous(), up.contiguous())
     d_gate, d_up = room or (empty(*gate.shape, dtype=gate.dtype), empty(*gate.shape, dtype=gate.dtype))
-    rows, n, dy = gate.numel() // gate.shape[-1], gate.shape[-1], dy.contiguous()
-    given = [x.data_ptr() for x in (gate, up, dy, d_gate, d_up)]
-    on_torch_threads(_swiglu_backward, rows, n, *given, 2 * gate.stride(-2))
+    n, dy = gate.shape[-1], dy.contiguous()
+    given, results = _lines(gate, up), _lines(d_gate, d_up)
+    if _apart(given[0]) != _apart(results[0]):
+        given = [x.contiguous() for x in given]
+    addresses = [x.data_ptr() for x in (*given, dy, *results)]
+    on_torch_threads(_swiglu_backward, len(given[0]), n, *addresses, _apart(results[0]))
     return d_gate, d_up
 
 

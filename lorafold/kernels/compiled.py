@@ -29,10 +29,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     glibc before 2.38 hardly finds a freed piece again for what asks for one as torch does, so that the heap grows by
     everything that a layer forgets.
     """
-    size = math.prod(shape) * dtype.itemsize
-    held = np.empty(size + 64, np.uint8)
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    held = np.empty(count * dtype.itemsize + 64, np.uint8)
     at = -held.ctypes.data % 64
-    return torch.from_numpy(held[at : at + size]).view(dtype).view(shape)
+    return torch.frombuffer(held, dtype=dtype, count=count, offset=at).resize_(shape)  # no view, which autograd guards
 
 
 @njit(inline="always")

@@ -98,6 +98,12 @@ def usable(x: Tensor, weight: Tensor) -> bool:
     return fits and not any(n % 32 for n in weight.shape) and x.numel() >= _FEWEST_ROWS * x.shape[-1] and supported()
 
 
+def crosses(p: Tensor, d: Tensor) -> bool:
+    """Whether `cross` covers a product of these types and sizes."""
+    fits = d.device.type == "cpu" and p.dtype == d.dtype == torch.bfloat16
+    return fits and d.shape[1] % 32 == 0 and len(d) >= _FEWEST_ROWS and supported()
+
+
 def multiply(
     x: Tensor,
     weight: Tensor,
@@ -139,12 +145,12 @@ def multiply(
 
 
 def cross(p: Tensor, d: Tensor) -> Tensor:
-    """P^T D float32 [G, N] for P [T, G] and D [T, N], of which `usable(d, d)` holds."""
+    """P^T D float32 [G, N] for P [T, G] and D [T, N] that `crosses` covers."""
     assert supported()
     (t, n), g = d.shape, p.shape[1]
     d = _padded(d.detach())
     p = F.pad(p.detach().t(), (0, len(d) - t, 0, -g % 16)).contiguous()
-    c = torch.empty(len(p), n)
+    c = torch.empty(len(p), n, dtype=torch.float32)
     rooms = workspace(16 * _LAID_ROWS)
     on_torch_threads(_cross, p.data_ptr(), len(p), d.data_ptr(), len(d), n, rooms, SETTINGS.ctypes.data, c.data_ptr())
     return c[:g]

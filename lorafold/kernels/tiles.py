@@ -280,6 +280,6 @@ def workspace(floats: int) -> np.ndarray:
     """Memory for the threads of a kernel, reused by the next: float32 [threads, `floats` or more], aligned."""
     threads, floats = torch.get_num_threads(), -(-floats // 16) * 16
     if len(_kept.rooms) != threads or _kept.rooms.shape[1] < floats:
-        _kept.rooms = torch.empty(threads, floats)
+        _kept.rooms = torch.empty(threads, floats, dtype=torch.float32)
     assert _kept.rooms.data_ptr() % 64 == 0
     return _kept.rooms.numpy()

@@ -48,7 +48,8 @@ def decoded(
     if weight.blocks.device.type != "cpu":
         return weight.decode(dtype, offset, scale)
     if _room.numbers.dtype != dtype or len(_room.numbers) < count:
-        _room.numbers = torch.empty(count, dtype=dtype)
+        with torch.inference_mode(False):  # it will be written to in training as well
+            _room.numbers = torch.empty(count, dtype=dtype)
     return weight.decode(dtype, offset, scale, _room.numbers)
 
 
@@ -79,7 +80,7 @@ def multiply_into(x: Tensor, weight: Tensor, room: Tensor) -> Tensor:
 
 def cross(p: Tensor, d: Tensor) -> Tensor:
     """P^T D float32 [G, N] for P [T, G] and D [T, N], nothing differentiated."""
-    return products.cross(p, d) if products.usable(d, d) else (p.t() @ d).float()
+    return products.cross(p, d) if products.crosses(p, d) else (p.t() @ d).float()
 
 
 def pooled(x: Tensor, size: int) -> Tensor:
@@ -215,13 +216,19 @@ class QuantLinear(_Packed):
         return f"{self.in_features} -> {self.out_features}, {self.codec}"
 
 
+def untouched(module: nn.Module) -> bool:
+    """Whether nobody watches a module or has replaced what it computes."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(own) and "forward" not in vars(module)
+
+
 def stacked(layers: Sequence[nn.Module], x: Tensor) -> StackedWeight | None:
-    """The weights of layers for one input; None unless all are packed, on a CPU, and nothing watches them."""
+    """The weights of layers for one input; None unless all are packed, on a CPU, and `untouched`."""
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
     parts = []
     for layer in layers:
-        if not isinstance(layer, QuantLinear) or layer._keep_dense or layer._forward_hooks or layer._forward_pre_hooks:
+        if not isinstance(layer, QuantLinear) or layer._keep_dense or not untouched(layer):
             return None
         parts.append(layer.packed)
     return StackedWeight(tuple(parts))

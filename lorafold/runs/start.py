@@ -70,7 +70,11 @@ def start(config: RunConfig, display: Display, resume: bool = False) -> Run:
 
 
 def start_worker(config: RunConfig, display: Display, resume: bool = False) -> Run | None:
-    """The same as one of the workers that torchrun has started, or alone; None for all but the first of them."""
+    """The same as one of the workers that torchrun has started, or alone; None for all but the first of them.
+
+    Args:
+        config: what the command line read, which has the method and rank of the adapter that it begins from.
+    """
     with joined() as workers:
         return _start(config, display if workers.first else Display(quiet=True), resume, workers)
 

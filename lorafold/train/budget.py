@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorafold.adapters.adapted import adapted_layers, parameters_once
+from lorafold.adapters.adapted import parameters_once
 from lorafold.data.packs import pack
 from lorafold.data.tokens import Tokens
 from lorafold.errors import DataError, TrainingError
@@ -28,7 +28,7 @@ from lorafold.train.memory import peak_bytes, restart_peak
 
 _SPARE = 0.05  # of the budget: memory in pieces
 _TRIED = 256  # tokens of the pass that is measured
-_TRAINED_BYTES = 16  # of a trained number: its gradient, two moments, and what a step of AdamW makes in between
+_TRAINED_BYTES = 12  # of a trained number: its gradient and two moments
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,14 @@ def _measure(loaded: LoadedModel, rows: Sequence[Tokens]) -> tuple[float, float]
 
 
 def _bytes_per_token(loaded: LoadedModel, rows: Sequence[Tokens]) -> float:
-    """What is kept for the backward pass, by token; parameters and what they share with activations not counted."""
+    """What is kept for the backward pass, by token: what as many rows again, or some more, keep beyond these."""
+    again = math.ceil(WHOLE / sum(map(len, rows)))
+    (some, fewer), (rest, more) = (_bytes_kept(loaded, [*rows] * times) for times in (1, 1 + again))
+    return (rest - some) / (more - fewer)
+
+
+def _bytes_kept(loaded: LoadedModel, rows: Sequence[Tokens]) -> tuple[int, int]:
+    """Bytes kept for the backward pass of rows, and their tokens; parameters are not counted."""
     own = {p.untyped_storage().data_ptr() for p in loaded.model.parameters()}
     own |= {b.untyped_storage().data_ptr() for b in loaded.model.buffers()}
     kept: dict[int, int] = {}
@@ -164,8 +171,6 @@ def _bytes_per_token(loaded: LoadedModel, rows: Sequence[Tokens]) -> float:
         return tensor
 
     with parameters_once(loaded.model), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        for _, layer in adapted_layers(loaded.model):
-            own |= {leaf.untyped_storage().data_ptr() for leaf in layer._once or () if leaf is not None}
         tokens = _probe(loaded, rows)
     loaded.model.zero_grad(set_to_none=True)
-    return sum(kept.values()) / tokens
+    return sum(kept.values()), tokens

@@ -80,6 +80,18 @@ def _watched(model: nn.ModuleDict) -> None:
     model["k"].register_forward_hook(lambda *_: None)
 
 
+def _watched_backward(model: nn.ModuleDict) -> None:
+    model["k"].register_full_backward_hook(lambda *_: None)
+
+
+def _adapter_watched(model: nn.ModuleDict) -> None:
+    model["k"].get_submodule("adapters.default").register_forward_hook(lambda *_: None)
+
+
+def _replaced(model: nn.ModuleDict) -> None:
+    model["k"].forward = model["k"].forward
+
+
 def _base_watched(model: nn.ModuleDict) -> None:
     model["k"].get_submodule("base").register_forward_pre_hook(lambda *_: None)
 
@@ -87,6 +99,9 @@ def _base_watched(model: nn.ModuleDict) -> None:
 APART: dict[str, tuple[AdapterSpec, Callable[[nn.ModuleDict], object]]] = {
     "two adapters": (CASES["lora"], _second),  # type: ignore[dict-item]
     "watched": (CASES["lora"], _watched),  # type: ignore[dict-item]
+    "watched backward": (CASES["lora"], _watched_backward),  # type: ignore[dict-item]
+    "adapter watched": (CASES["lora"], _adapter_watched),  # type: ignore[dict-item]
+    "replaced": (CASES["lora"], _replaced),  # type: ignore[dict-item]
     "base watched": (CASES["lora"], _base_watched),  # type: ignore[dict-item]
     "dropout": (AdapterSpec("lora", r=3, lora_dropout=0.5), lambda model: model.train()),
     "dora": (AdapterSpec("lora", r=3, use_dora=True), lambda _: None),
