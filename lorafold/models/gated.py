@@ -55,10 +55,8 @@ class _StackedSwiGLU(torch.autograd.Function):
 
 def gated_forward(module: Any, x: Tensor) -> Tensor:
     """The forward pass of a gated block, [..., N] -> [..., N]."""
-    both = together(x, (module.gate_proj, module.up_proj)) if block.usable(x) else None
-    if both is not None and both.shape[-1] % 32:  # halves that the kernel does not cover
-        gate, up = both.chunk(2, -1)
-        return module.down_proj(module.act_fn(gate) * up)
+    covered = block.usable(x) and module.gate_proj.out_features % 16 == 0
+    both = together(x, (module.gate_proj, module.up_proj)) if covered else None
     if both is not None:
         return module.down_proj(_StackedSwiGLU.apply(both))
     gate, up = module.gate_proj(x), module.up_proj(x)

@@ -45,7 +45,7 @@ def decoded(
 ) -> Tensor:
     """The dense weight [O, I], good until the next one is decoded."""
     count = weight.shape[0] * weight.shape[1]
-    if weight.blocks.device.type != "cpu":
+    if isinstance(weight, QuantizedWeight) and weight.blocks.device.type != "cpu":
         return weight.decode(dtype, offset, scale)
     if _room.numbers.dtype != dtype or len(_room.numbers) < count:
         with torch.inference_mode(False):  # it will be written to in training as well

@@ -80,25 +80,13 @@ class StackedWeight:
         return len({part.format.group_size for part in self.parts}) == 1
 
     @property
-    def blocks(self) -> Tensor:
-        """Of the first."""
-        return self.parts[0].blocks
-
-    @property
     def format(self) -> Codec:
         """Of the first."""
         return self.parts[0].format
 
-    def decode(
-        self,
-        dtype: torch.dtype = torch.float32,
-        offset: Tensor | None = None,
-        scale: Tensor | None = None,
-        room: Tensor | None = None,
-    ) -> Tensor:
-        """As of one matrix; the result is in the room, if there is one."""
+    def decode(self, dtype: torch.dtype, offset: Tensor | None, scale: Tensor | None, room: Tensor) -> Tensor:
+        """As of one matrix, in a room."""
         (out, width), at = self.shape, 0
-        room = torch.empty(out * width, dtype=dtype) if room is None else room
         for part in self.parts:
             rows, here = slice(at, at + part.shape[0]), room[at * width : (at + part.shape[0]) * width]
             own = [None if values is None else values[rows] for values in (offset, scale)]
