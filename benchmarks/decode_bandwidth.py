@@ -5,7 +5,7 @@
 Each format's matrices, 64 MB dense in bfloat16, are decoded again and again into fresh memory; beside them a bfloat16
 tensor of the same size is copied, in turns, so that both see the same machine. Bandwidth is bytes read and written per
 second: packed blocks and dense result for a decoder, twice the tensor for a copy. The median of the turns is printed.
-4-bit formats are decoded in the same turns once more by the loops that processors without 512-bit instructions take.
+They are decoded in the same turns once more by loops that leave vectors to the compiler.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from lorafold.quant import lookup
+from lorafold.quant import vectors
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.weight import QuantizedWeight
 
@@ -56,9 +56,9 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def without_lookup(weight: QuantizedWeight) -> None:
+def decode_by_loops(weight: QuantizedWeight) -> None:
     """Decode by loops."""
-    with mock.patch.object(lookup, "supported", return_value=False):
+    with mock.patch.object(vectors, "covering", return_value=None):
         weight.decode(torch.bfloat16)
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|---:|")
     for codec in FORMATS:
         weight = random_weight(codec)
-        contenders = (lambda w=weight: w.decode(torch.bfloat16), lambda w=weight: without_lookup(w), dense.clone)
+        contenders = (lambda w=weight: w.decode(torch.bfloat16), lambda w=weight: decode_by_loops(w), dense.clone)
         for work in contenders:
             work()  # compiles
         turns = [tuple(seconds(work) for work in contenders) for _ in range(TURNS)]

@@ -11,7 +11,9 @@ nothing is reported.
 
 The share of the matrix-product rate is that of the necessary arithmetic: 4 operations for each adapted weight and token
 computed (what rows share counted once), 4 for each weight of the head and supervised token; the rate is torch's best
-of 20 bfloat16 products of 2,048 x 2,048 matrices. Where the time goes is a profile of QA-LoRA's last steps.
+of 20 products of 2,048 x 2,048 matrices in the type that LoraFold computes in: bfloat16 where the processor multiplies
+it, elsewhere float32. There TRL's best settings are in float32 too, while its defaults stay what they are. Where the
+time goes is a profile of QA-LoRA's last steps.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ CONTENDERS = {
     "lorafold qa-lora": {"method": "qa-lora"},
     "lorafold lora": {"method": "lora"},
     "trl default": {},
-    "trl best": {"gradient_checkpointing": False, "loss_type": "chunked_nll", "dense": "bfloat16"},
+    "trl best": {"gradient_checkpointing": False, "loss_type": "chunked_nll", "dense": "auto"},
 }
 
 
@@ -122,10 +124,12 @@ def profile(running: Iterator[Any]) -> dict[str, float]:
 
 
 def matmul_rate() -> float:
-    """Operations per second of torch's bfloat16 matrix product, 2,048 cubed, the best of 20."""
+    """Operations per second of torch's matrix product, 2,048 cubed, the best of 20."""
     import torch
 
-    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    from lorafold.models.load import compute_dtype
+
+    a, b = (torch.randn(2048, 2048, dtype=compute_dtype()) for _ in range(2))
     seconds = []
     for _ in range(20):
         began = time.perf_counter()
@@ -140,10 +144,12 @@ def run_trl(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[str, An
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
 
-    from lorafold.models.load import load_tokenizer_only, resolve
+    from lorafold.models.load import compute_dtype, load_tokenizer_only, resolve
 
-    path = resolve(options.pop("model", "smollm2"))
-    dtype = getattr(torch, options.pop("dense", "float32"))
+    path, dense = resolve(options.pop("model", "smollm2")), options.pop("dense", "float32")
+    dtype = compute_dtype() if dense == "auto" else getattr(torch, dense)
+    if dense == "auto" and dtype == torch.float32:
+        options["bf16"] = False
     if path.is_dir():
         device = options.get("device", "cpu")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device)

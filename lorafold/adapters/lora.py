@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafold.adapters.sites import LinearSite
+from lorafold.quant.again import to_keep
 from lorafold.quant.linear import QuantLinear, cross, decoded, frozen_weight, multiply
 from lorafold.quant.weight import StackedWeight
 
@@ -30,14 +31,15 @@ class _LoRALinear(torch.autograd.Function):
         rows = x.flatten(0, -2)
         hidden = F.linear(rows, a.to(x.dtype))
         y = multiply(rows, weight(), True, (hidden, b, scaling))
-        ctx.save_for_backward(x, hidden, a, b)
+        ctx.input, kept = to_keep(x)
+        ctx.save_for_backward(hidden, a, b, *kept)
         ctx.scaling, ctx.weight = scaling, weight
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        x, hidden, a, b = ctx.saved_tensors
-        dy = grads[0].flatten(0, -2)
+        hidden, a, b, *kept = ctx.saved_tensors
+        x, dy = ctx.input(*kept), grads[0].flatten(0, -2)
         d_hidden = (dy @ b.to(dy.dtype)) * ctx.scaling
         d_a, d_b = (d_hidden.t() @ x.flatten(0, -2)).float(), cross(hidden, dy).t() * ctx.scaling
         dx = None

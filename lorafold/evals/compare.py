@@ -22,6 +22,7 @@ from lorafold.models.load import LoadedModel
 
 # bounds on a folded file, relative to the null run
 KL_FACTOR, TOP1_LOSS, LOSS_SLACK = 1.5, 0.01, 0.002
+KL_ROUNDING = 1e-6  # nats that float32 logits alone may leave, of either sign
 # Two shares of some 4 % over T tokens differ by chance by sqrt(2 * 0.04 * 0.96 / T): 0.6 points at 2,000, 0.9 at 1,000,
 # 3 at 85. So top-1 agreement may fall by a point and two such standard errors more. The KL averages over whole
 # distributions and is steady long before.
@@ -65,14 +66,15 @@ class Agreement:
         Below `ENOUGH_TOKENS` predictions only the KL is judged.
         """
         broken = []
-        if not self.mean_kl <= KL_FACTOR * null.mean_kl:  # so written, what is not a number fails too
+        allowed = max(KL_FACTOR * null.mean_kl, KL_ROUNDING)
+        if not self.mean_kl <= allowed:  # so written, what is not a number fails too
             broken.append(f"mean KL {self.mean_kl:.2e} is over {KL_FACTOR} times the null run's {null.mean_kl:.2e}")
         if self.tokens < ENOUGH_TOKENS:
             return broken
         by_chance = math.sqrt(2 * null.top1 * (1 - null.top1) / self.tokens)
-        allowed = TOP1_LOSS + STANDARD_ERRORS * by_chance
-        if not self.top1 >= null.top1 - allowed:
-            points = f"{100 * allowed:.1f} points"
+        margin = TOP1_LOSS + STANDARD_ERRORS * by_chance
+        if not self.top1 >= null.top1 - margin:
+            points = f"{100 * margin:.1f} points"
             broken.append(f"top-1 agreement {self.top1:.2%} is over {points} below the null run's {null.top1:.2%}")
         if not self.loss_gap <= null.loss_gap + LOSS_SLACK:
             broken.append(f"the losses are {self.loss_gap:.4f} apart, the null run's {null.loss_gap:.4f}")

@@ -306,7 +306,7 @@ def most_tokens(group: int) -> int:
 
 def usable(q: Tensor, width: int) -> bool:
     """Whether the kernels cover these projections and heads."""
-    return block.usable(q) and width % 32 == 0 and supported()
+    return block.usable(q) and q.dtype == torch.bfloat16 and width % 32 == 0 and supported()
 
 
 class _Tables(threading.local):

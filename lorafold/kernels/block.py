@@ -1,17 +1,20 @@
-"""The elementwise work of a transformer block on a CPU: one pass over bfloat16 numbers instead of a torch operation per
-sign, with float32 in between.
+"""The elementwise work of a transformer block on a CPU: one pass over bfloat16 or float32 numbers instead of a torch
+operation per sign, with float32 in between.
 
 Each function has torch operations as its oracle, in `norms.py`, `gated.py` and in transformers' attention; these are
 used for other types and devices.
 """
 
-# bfloat16 numbers are uint16 here, the upper half of a float32; T tokens, N features of a token, H heads, D head width
+# bfloat16 numbers are uint16 here, the upper half of a float32; a `kind` is a zero of a row's type
+# T tokens, N features of a token, H heads, D head width
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from numba import config, njit, prange
+from numba import config, extending, njit, prange, types
 from torch import Tensor
 
 from lorafold.kernels.compiled import address, empty, on_torch_threads, round_bfloat16
@@ -27,17 +30,19 @@ from lorafold.kernels.rows import (
 
 SAFE = {"reassoc", "contract"}  # sums in any order; infinities and NaN stay what they are
 LOG2E = np.float32(1.4426950408889634)
+_KINDS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
 
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels cover this tensor."""
     compiled = not config.DISABLE_JIT  # type: ignore[attr-defined]
-    return compiled and x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-1] % 16 == 0
+    return compiled and x.device.type == "cpu" and x.dtype in _KINDS and x.shape[-1] % 16 == 0
 
 
 def raw(x: Tensor) -> np.ndarray:
-    """The numbers as words; a copy of what is not contiguous."""
-    return x.detach().contiguous().view(torch.uint16).numpy()
+    """The numbers, bfloat16 as words; a copy of what is not contiguous."""
+    x = x.detach().contiguous()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def _rows(x: Tensor) -> np.ndarray:
@@ -49,18 +54,50 @@ def _whole(x: Tensor) -> np.ndarray:
     return _rows(x)
 
 
-@njit(inline="always")
-def widen(source, w):
-    """w = source in float32."""
-    bits = w.view(np.uint32)
-    for j in range(len(source)):
-        bits[j] = np.uint32(source[j]) << np.uint32(16)
+def widen(source: np.ndarray, w: np.ndarray) -> None:
+    """w = source in float32; for compiled code, as are the next two."""
 
 
-@njit(inline="always")
-def widened(word):
-    """One bfloat16 number in float32."""
-    return np.int32(np.uint32(word) << np.uint32(16)).view(np.float32)
+def widened(number: Any) -> Any:
+    """One number in float32."""
+
+
+def narrow(w: np.ndarray, out: np.ndarray) -> None:
+    """out = w, rounded to bfloat16 where it holds words."""
+
+
+@extending.overload(widen)
+def _widen(source, w):  # noqa: ARG001 (numba's protocol)
+    def words(source, w):
+        bits = w.view(np.uint32)
+        for j in range(len(source)):
+            bits[j] = np.uint32(source[j]) << np.uint32(16)
+
+    def floats(source, w):
+        for j in range(len(source)):
+            w[j] = source[j]
+
+    return words if source.dtype == types.uint16 else floats
+
+
+@extending.overload(widened)
+def _widened(number):
+    def word(number):
+        return np.int32(np.uint32(number) << np.uint32(16)).view(np.float32)
+
+    return word if number == types.uint16 else lambda number: number
+
+
+@extending.overload(narrow)
+def _narrow(w, out):  # noqa: ARG001 (numba's protocol)
+    def words(w, out):
+        round_bfloat16(w.view(np.uint32), out)
+
+    def floats(w, out):
+        for j in range(len(w)):
+            out[j] = w[j]
+
+    return words if out.dtype == types.uint16 else floats
 
 
 @njit(inline="always")
@@ -68,12 +105,6 @@ def _wide(source):
     w = np.empty(len(source), np.float32)
     widen(source, w)
     return w
-
-
-@njit(inline="always")
-def narrow(w, out):
-    """out = w rounded to bfloat16."""
-    round_bfloat16(w.view(np.uint32), out)
 
 
 @njit(inline="always")
@@ -96,14 +127,14 @@ def exp2(x):
 def _rms_norm(x, weight, eps, out, rstd):
     for t in prange(x.shape[0]):
         place = rstd.ctypes.data + 4 * t
-        rms_norm_row(address(x, t, 0), weight.ctypes.data, x.shape[1], eps, address(out, t, 0), place)
+        rms_norm_row(x.dtype.type(0), address(x, t, 0), weight.ctypes.data, x.shape[1], eps, address(out, t, 0), place)
 
 
 @njit(parallel=True, cache=True)
 def _rms_norm_backward(x, weight, rstd, dy, dx):
     for t in prange(x.shape[0]):
         here = (address(dy, t, 0), x.shape[1], address(dx, t, 0))
-        rms_norm_backward_row(address(x, t, 0), weight.ctypes.data, rstd[t], *here)
+        rms_norm_backward_row(x.dtype.type(0), address(x, t, 0), weight.ctypes.data, rstd[t], *here)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -123,16 +154,16 @@ def rms_norm_backward(x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor) -> Te
 
 
 @njit(parallel=True, cache=True)
-def _swiglu(rows, n, gate, up, stride, out):
+def _swiglu(kind, rows, n, gate, up, stride, out, out_stride):
     for t in prange(rows):
-        swiglu_row(gate + stride * t, up + stride * t, n, out + 2 * n * t)
+        swiglu_row(kind, gate + stride * t, up + stride * t, n, out + out_stride * t)
 
 
 @njit(parallel=True, cache=True)
-def _swiglu_backward(rows, n, gate, up, dy, d_gate, d_up, stride):
+def _swiglu_backward(kind, rows, n, gate, up, dy, dy_stride, d_gate, d_up, stride):
     for t in prange(rows):
         at = stride * t
-        swiglu_backward_row(gate + at, up + at, dy + 2 * n * t, n, d_gate + at, d_up + at)
+        swiglu_backward_row(kind, gate + at, up + at, dy + dy_stride * t, n, d_gate + at, d_up + at)
 
 
 def _lines(*parts: Tensor) -> list[Tensor]:
@@ -152,7 +183,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, all [..., N]; gate and up may be halves of one tensor."""
     out = empty(*gate.shape, dtype=gate.dtype)
     gate, up = _lines(gate, up)
-    on_torch_threads(_swiglu, *gate.shape, gate.data_ptr(), up.data_ptr(), _apart(gate), out.data_ptr())
+    kind, places = _KINDS[gate.dtype], (gate.data_ptr(), up.data_ptr(), _apart(gate))
+    on_torch_threads(_swiglu, kind, *gate.shape, *places, out.data_ptr(), out.itemsize * out.shape[-1])
     return out
 
 
@@ -161,12 +193,13 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `swiglu` with respect to gate and up, in a room that lies as these do, if there is one."""
     d_gate, d_up = room or (empty(*gate.shape, dtype=gate.dtype), empty(*gate.shape, dtype=gate.dtype))
-    n, dy = gate.shape[-1], dy.contiguous()
+    kind, n, dy = _KINDS[gate.dtype], gate.shape[-1], dy.contiguous()
     given, results = _lines(gate, up), _lines(d_gate, d_up)
     if _apart(given[0]) != _apart(results[0]):
         given = [x.contiguous() for x in given]
-    addresses = [x.data_ptr() for x in (*given, dy, *results)]
-    on_torch_threads(_swiglu_backward, len(given[0]), n, *addresses, _apart(results[0]))
+    addresses = [given[0].data_ptr(), given[1].data_ptr(), dy.data_ptr(), dy.itemsize * n]
+    addresses += [results[0].data_ptr(), results[1].data_ptr(), _apart(results[0])]
+    on_torch_threads(_swiglu_backward, kind, len(given[0]), n, *addresses)
     return d_gate, d_up
 
 
@@ -174,12 +207,12 @@ def swiglu_backward(
 def _cross_entropy(logits, targets, changes, losses, found):
     for t in prange(logits.shape[0]):
         row, width, target = address(logits, t, 0), logits.shape[1], targets[t]
-        logits_row(row, width, address(found, t, 0))
+        logits_row(logits.dtype.type(0), row, width, address(found, t, 0))
         largest, total = found[t, 0], found[t, 1]
         chosen = widened(logits[t, target]) - largest
         losses[t] = np.log(total) - chosen
         if changes:
-            probabilities_row(row, width, largest, total)
+            probabilities_row(logits.dtype.type(0), row, width, largest, total)
             rest = np.empty(1, np.float32)
             rest[0] = np.exp(chosen) / total - np.float32(1)
             narrow(rest, logits[t, target : target + 1])
@@ -199,7 +232,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
 @njit(parallel=True, cache=True)
 def _pool(x, group, out):
     for t in prange(x.shape[0]):
-        pool_row(address(x, t, 0), x.shape[1], group, address(out, t, 0))
+        pool_row(x.dtype.type(0), address(x, t, 0), x.shape[1], group, address(out, t, 0))
 
 
 def pool(x: Tensor, group: int) -> Tensor:

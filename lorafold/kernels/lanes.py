@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import extending
+from numba import extending, types
 from numba.core import cgutils
 
 intrinsic: Any = extending.intrinsic  # what it makes is called without the typing context, which a checker cannot know
 LOG2E = 1.4426950408889634
 FLOATS, BITS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(32), 16)
 WORDS = ir.VectorType(ir.IntType(16), 16)
-LONG, INT = ir.IntType(64), ir.IntType(32)
+LONG, INT, WORD, FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
 # the Taylor series of exp(f ln 2) for f in [-1/2, 1/2], the highest power first
 _SERIES = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
 
@@ -43,6 +43,12 @@ class Lanes:
 
     def __rtruediv__(self, other: Any) -> Lanes:
         return Lanes(self.builder, self.builder.fdiv(self._like(other), self.value))
+
+    def plus(self, a: Lanes, b: Lanes) -> Lanes:
+        """These and a b, rounded once where the processor can."""
+        kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
+        fused = self.builder.module.declare_intrinsic("llvm.fmuladd.v16f32", fnty=kind)
+        return Lanes(self.builder, self.builder.call(fused, [a.value, b.value, self.value]))
 
     def sqrt(self) -> Lanes:
         """The square root."""
@@ -144,6 +150,30 @@ def store(builder: Any, lanes: Lanes, address: Any, index: Any) -> None:
 def store_words(builder: Any, lanes: Lanes, address: Any, index: Any) -> None:
     """16 numbers as bfloat16, anywhere."""
     builder.store(lanes.round(), place(builder, address, index, 32, WORDS), align=2)
+
+
+def _store_word(builder: Any, lanes: Lanes, address: Any, index: Any) -> None:
+    builder.store(builder.extract_element(lanes.round(), INT(0)), place(builder, address, index, 2, WORD))
+
+
+def _store_float(builder: Any, lanes: Lanes, address: Any, index: Any) -> None:
+    builder.store(builder.extract_element(lanes.value, INT(0)), place(builder, address, index, 4, FLOAT))
+
+
+class Numbers(NamedTuple):
+    """How numbers of a row are read and written, 16 at a time, rounded as if written, and one of equal ones written."""
+
+    load: Callable[[Any, Any, Any], Lanes]
+    store: Callable[[Any, Lanes, Any, Any], None]
+    rounded: Callable[[Lanes], Lanes]
+    store_one: Callable[[Any, Lanes, Any, Any], None]
+
+
+def numbers_of(kind: Any) -> Numbers:
+    """Those of a numba type: uint16 stands for bfloat16, and float32 for itself."""
+    if kind == types.uint16:
+        return Numbers(load_words, store_words, Lanes.rounded, _store_word)
+    return Numbers(load, store, lambda lanes: lanes, _store_float)
 
 
 class State:

@@ -1,6 +1,7 @@
 """Passes over one row of numbers, for the loops of numba kernels: bfloat16 where a row is words, float32 between.
 
-Everything takes addresses; lengths are multiples of 16.
+Everything takes addresses; lengths are multiples of 16. Where a `kind` is asked for, rows hold numbers of its type:
+bfloat16 (a uint16) or float32.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lorafold.kernels.lanes import (
     intrinsic,
     load,
     load_words,
+    numbers_of,
     place,
     store,
     store_words,
@@ -164,121 +166,127 @@ def copy(typing_context, source, size, out):  # noqa: ARG001 (numba's protocol)
 
 
 @intrinsic
-def swiglu_row(typing_context, gate, up, length, out):  # noqa: ARG001 (numba's protocol)
-    """silu(gate) * up of words."""
+def swiglu_row(typing_context, kind, gate, up, length, out):  # noqa: ARG001 (numba's protocol)
+    """silu(gate) * up."""
+    numbers = numbers_of(kind)
 
     def generate(_context, builder, _signature, arguments):
-        gate, up, length, out = arguments
+        _, gate, up, length, out = arguments
         with vectors(builder, length) as i:
-            g = load_words(builder, gate, i)
-            store_words(builder, g * g.sigmoid() * load_words(builder, up, i), out, i)
+            g = numbers.load(builder, gate, i)
+            numbers.store(builder, g * g.sigmoid() * numbers.load(builder, up, i), out, i)
 
-    return types.void(*[types.intp] * 4), generate
+    return types.void(kind, *[types.intp] * 4), generate
 
 
 @intrinsic
-def swiglu_backward_row(typing_context, gate, up, dy, length, d_gate, d_up):  # noqa: ARG001 (numba's protocol)
-    """The gradients of silu(gate) * up, of words."""
+def swiglu_backward_row(typing_context, kind, gate, up, dy, length, d_gate, d_up):  # noqa: ARG001 (numba's protocol)
+    """The gradients of silu(gate) * up."""
+    numbers = numbers_of(kind)
 
     def generate(_context, builder, _signature, arguments):
-        gate, up, dy, length, d_gate, d_up = arguments
+        _, gate, up, dy, length, d_gate, d_up = arguments
         with vectors(builder, length) as i:
-            g, u, d = (load_words(builder, x, i) for x in (gate, up, dy))
+            g, u, d = (numbers.load(builder, x, i) for x in (gate, up, dy))
             s = g.sigmoid()
-            store_words(builder, d * u * s * (g * (s * -1.0 + 1.0) + 1.0), d_gate, i)
-            store_words(builder, d * g * s, d_up, i)
+            numbers.store(builder, d * u * s * (g * (s * -1.0 + 1.0) + 1.0), d_gate, i)
+            numbers.store(builder, d * g * s, d_up, i)
 
-    return types.void(*[types.intp] * 6), generate
+    return types.void(kind, *[types.intp] * 6), generate
 
 
 @intrinsic
-def rms_norm_row(typing_context, x, weight, length, eps, out, rstd):  # noqa: ARG001 (numba's protocol)
-    """weight * x / rms(x) of words, with the float32 weight; 1 / rms(x) goes to its own place.
+def rms_norm_row(typing_context, kind, x, weight, length, eps, out, rstd):  # noqa: ARG001 (numba's protocol)
+    """weight * x / rms(x), with the float32 weight; 1 / rms(x) goes to its own place.
 
     x / rms(x) is rounded before it is multiplied, as transformers does.
     """
+    numbers = numbers_of(kind)
 
     def generate(_context, builder, _signature, arguments):
-        x, weight, length, eps, out, rstd = arguments
+        _, x, weight, length, eps, out, rstd = arguments
         squares = State(builder, 0.0)
         with vectors(builder, length) as i:
-            value = load_words(builder, x, i)
+            value = numbers.load(builder, x, i)
             squares.set(squares.get() + value * value)
         count = everywhere(builder, builder.sitofp(length, ir.FloatType()))
         inverse = 1.0 / (squares.get().sum() / count + everywhere(builder, eps)).sqrt()
         number = builder.extract_element(inverse.value, INT(0))
         builder.store(number, builder.inttoptr(rstd, ir.FloatType().as_pointer()))
         with vectors(builder, length) as i:
-            store_words(builder, (load_words(builder, x, i) * inverse).rounded() * load(builder, weight, i), out, i)
+            normal = numbers.rounded(numbers.load(builder, x, i) * inverse)
+            numbers.store(builder, normal * load(builder, weight, i), out, i)
 
-    return types.void(types.intp, types.intp, types.intp, types.float32, types.intp, types.intp), generate
+    return types.void(kind, *[types.intp] * 3, types.float32, types.intp, types.intp), generate
 
 
 @intrinsic
-def rms_norm_backward_row(typing_context, x, weight, rstd, dy, length, dx):  # noqa: ARG001 (numba's protocol)
-    """rstd (G - Xhat mean(G Xhat)) with G = dY weight and Xhat = X rstd, of words."""
+def rms_norm_backward_row(typing_context, kind, x, weight, rstd, dy, length, dx):  # noqa: ARG001 (numba's protocol)
+    """rstd (G - Xhat mean(G Xhat)) with G = dY weight and Xhat = X rstd."""
+    numbers = numbers_of(kind)
 
     def generate(_context, builder, _signature, arguments):
-        x, weight, rstd, dy, length, dx = arguments
+        _, x, weight, rstd, dy, length, dx = arguments
         inverse, dot = everywhere(builder, rstd), State(builder, 0.0)
         with vectors(builder, length) as i:
-            g = load_words(builder, dy, i) * load(builder, weight, i)
-            dot.set(dot.get() + g * load_words(builder, x, i) * inverse)
+            g = numbers.load(builder, dy, i) * load(builder, weight, i)
+            dot.set(dot.get() + g * numbers.load(builder, x, i) * inverse)
         mean = dot.get().sum() / everywhere(builder, builder.sitofp(length, ir.FloatType()))
         with vectors(builder, length) as i:
-            g = load_words(builder, dy, i) * load(builder, weight, i)
-            store_words(builder, (g - load_words(builder, x, i) * inverse * mean) * inverse, dx, i)
+            g = numbers.load(builder, dy, i) * load(builder, weight, i)
+            numbers.store(builder, (g - numbers.load(builder, x, i) * inverse * mean) * inverse, dx, i)
 
-    return types.void(types.intp, types.intp, types.float32, *[types.intp] * 3), generate
+    return types.void(kind, types.intp, types.intp, types.float32, *[types.intp] * 3), generate
 
 
 @intrinsic
-def logits_row(typing_context, logits, length, largest):  # noqa: ARG001 (numba's protocol)
-    """The largest of some words, and the sum of exp(word - largest): two float32 numbers side by side."""
+def logits_row(typing_context, kind, logits, length, largest):  # noqa: ARG001 (numba's protocol)
+    """The largest of some logits, and the sum of exp(logit - largest): two float32 numbers side by side."""
+    numbers = numbers_of(kind)
 
     def generate(_context, builder, _signature, arguments):
-        logits, length, largest = arguments
+        _, logits, length, largest = arguments
         highest, total = State(builder, float("-inf")), State(builder, 0.0)
         with vectors(builder, length) as i:
-            highest.set(highest.get().larger(load_words(builder, logits, i)))
+            highest.set(highest.get().larger(numbers.load(builder, logits, i)))
         top = highest.get().over_lanes(Lanes.larger)
         with vectors(builder, length) as i:
-            total.set(total.get() + ((load_words(builder, logits, i) - top) * LOG2E).exp2())
+            total.set(total.get() + ((numbers.load(builder, logits, i) - top) * LOG2E).exp2())
         for n, lanes in enumerate((top, total.get().sum())):
             number = builder.extract_element(lanes.value, INT(0))
             builder.store(number, builder.inttoptr(builder.add(largest, LONG(4 * n)), ir.FloatType().as_pointer()))
 
-    return types.void(*[types.intp] * 3), generate
+    return types.void(kind, *[types.intp] * 3), generate
 
 
 @intrinsic
-def probabilities_row(typing_context, logits, length, largest, total):  # noqa: ARG001 (numba's protocol)
-    """exp(word - largest) / total, in place."""
+def probabilities_row(typing_context, kind, logits, length, largest, total):  # noqa: ARG001 (numba's protocol)
+    """exp(logit - largest) / total, in place."""
+    numbers = numbers_of(kind)
 
     def generate(_context, builder, _signature, arguments):
-        logits, length, largest, total = arguments
+        _, logits, length, largest, total = arguments
         top, inverse = everywhere(builder, largest), 1.0 / everywhere(builder, total)
         with vectors(builder, length) as i:
-            e = ((load_words(builder, logits, i) - top) * LOG2E).exp2()
-            store_words(builder, e * inverse, logits, i)
+            e = ((numbers.load(builder, logits, i) - top) * LOG2E).exp2()
+            numbers.store(builder, e * inverse, logits, i)
 
-    return types.void(types.intp, types.intp, types.float32, types.float32), generate
+    return types.void(kind, types.intp, types.intp, types.float32, types.float32), generate
 
 
 @intrinsic
-def pool_row(typing_context, x, length, group, out):  # noqa: ARG001 (numba's protocol)
-    """The sums of each `group` words that follow one another, as words."""
+def pool_row(typing_context, kind, x, length, group, out):  # noqa: ARG001 (numba's protocol)
+    """The sums of each `group` numbers that follow one another."""
+    numbers = numbers_of(kind)
 
     def generate(_context, builder, _signature, arguments):
-        x, length, group, out = arguments
-        kind = ir.IntType(16)
+        _, x, length, group, out = arguments
         size = builder.lshr(group, LONG(4))
         with cgutils.for_range(builder, builder.udiv(length, group)) as outer:
             total = State(builder, 0.0)
             with cgutils.for_range(builder, size) as inner:
                 at = builder.add(builder.mul(outer.index, size), inner.index)
-                total.set(total.get() + load_words(builder, x, at))
-            word = builder.extract_element(total.get().sum().round(), INT(0))
-            builder.store(word, place(builder, out, outer.index, 2, kind))
+                total.set(total.get() + numbers.load(builder, x, at))
+            numbers.store_one(builder, total.get().sum(), out, outer.index)
 
-    return types.void(*[types.intp] * 4), generate
+    return types.void(kind, *[types.intp] * 4), generate

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from lorafold.errors import FormatError, bullet_list
 from lorafold.models.tensors import SafetensorsFolder, create_folder
 from lorafold.quant.bnb import BLOCK, NESTED, dynamic_values
-from lorafold.quant.kernels import NF4_VALUES
 from lorafold.quant.linear import plain_parameters
+from lorafold.quant.vectors import NF4_VALUES
 from lorafold.quant.weight import QuantizedWeight
 
 CONFIG = "config.json"

@@ -1,15 +1,16 @@
 """Causal attention over the segments of a pack on a CPU, from projections to output in one step with its own gradient.
 
-With matrix tiles it is one kernel that keeps queries, keys and values as projected. Elsewhere the rotary embedding
-writes queries and keys in the order that torch's products read, mask and softmax take one pass in place, and rotated
-queries and keys, values and attention weights are kept. Packs with rows too long for that, caches, other types and
-devices take transformers' own forward pass with `attention.py`.
+With matrix tiles it is one kernel. Elsewhere the rotary embedding writes queries and keys in the order that torch's
+products read, and mask and softmax take one pass in place. Both keep queries, keys and values and compute attention
+weights again in the backward pass. Packs with rows too long for that, caches, other types and devices take
+transformers' own forward pass with `attention.py`.
 """
 
 # T tokens of the pack, H query heads, K key-value heads, D head width; a row of L tokens is [H, L, D], contiguous
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from types import MethodType
 from typing import Any
@@ -21,6 +22,7 @@ from lorafold.adapters.together import together
 from lorafold.kernels import attention as tiled
 from lorafold.kernels import block
 from lorafold.kernels.attention import Layout
+from lorafold.kernels.compiled import empty
 from lorafold.models.attention import KEPT_TOKENS, joined, paths
 
 # classes with projections, rotary queries and keys, softmax(scaling q k) v and one more projection
@@ -31,47 +33,45 @@ class _PackAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        qkv: Tensor,
         cos: Tensor,
         sin: Tensor,
+        key_heads: int,
         segments: list[int],
         parents: list[int],
         scale: float,
         window: int,
     ) -> Tensor:
-        ctx.segments, ctx.paths = segments, paths(parents)
-        ctx.scale, ctx.window, width = scale, window, cos.shape[-1]
+        ctx.segments, ctx.paths, ctx.key_heads = segments, paths(parents), key_heads
+        ctx.scale, ctx.window = scale, window
+        q, k, v = _parts(qkv, key_heads * cos.shape[-1])
         q_rows, k_rows = (block.rotate(x, cos, sin, segments) for x in (q, k))
-        out = torch.empty_like(q)
-        queries, keys = _by_row(segments, q_rows, k_rows, len(cos))
-        values = [_heads(x, width) for x in v.split(segments)]
-        weights = []
+        values = _heads(v, cos.shape[-1])
+        out = empty(*q.shape, dtype=q.dtype)
+        queries, keys, values_of = _by_row(segments, q_rows, k_rows, values)
         for path, out_row in zip(ctx.paths, out.split(segments), strict=True):
-            own = path[-1]
-            scores = torch.bmm(queries[own], joined(keys, path).transpose(1, 2))
-            block.causal_softmax_(scores, segments[own], scale, window)
-            _put_heads(out_row, torch.bmm(scores, joined(values, path)))
-            weights.append(scores)
-        ctx.save_for_backward(q_rows, k_rows, v, cos, sin, *weights)
+            weights = _weights(queries, keys, path, segments, scale, window)
+            _put_heads(out_row, torch.bmm(weights, joined(values_of, path)))
+        ctx.save_for_backward(q_rows, k_rows, values, cos, sin)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_rows, k_rows, v, cos, sin, *weights = ctx.saved_tensors
-        segments, width, tokens = ctx.segments, cos.shape[-1], len(cos)
-        dq, dk, dv = (torch.empty_like(x) for x in (q_rows, k_rows, v))
-        queries, keys = _by_row(segments, q_rows, k_rows, tokens)
-        d_queries, d_keys = _by_row(segments, dq, dk, tokens)
-        values = [_heads(x, width) for x in v.split(segments)]
+        q_rows, k_rows, values, cos, sin = ctx.saved_tensors
+        segments, width = ctx.segments, cos.shape[-1]
+        d_rows = empty(*q_rows.shape, dtype=q_rows.dtype), empty(*k_rows.shape, dtype=k_rows.dtype)
+        queries, keys, values_of = _by_row(segments, q_rows, k_rows, values)
+        d_queries, d_keys, _ = _by_row(segments, *d_rows, values)
+        d_qkv = empty(len(cos), (len(q_rows) + 2 * len(k_rows)) // len(cos) * width, dtype=q_rows.dtype)
+        dq, dk, dv = _parts(d_qkv, ctx.key_heads * width)
         ancestors = {i for path in ctx.paths for i in path[:-1]}
         totals: list[tuple[Tensor, Tensor]] = []  # gradients of each segment's keys and values
-        for p, path, dy_row in zip(weights, ctx.paths, grads[0].contiguous().split(segments), strict=True):
+        for path, dy_row in zip(ctx.paths, grads[0].split(segments), strict=True):
             own = path[-1]
+            p = _weights(queries, keys, path, segments, ctx.scale, ctx.window)
             dy = _heads(dy_row, width).reshape(queries[own].shape)
             d_value = torch.bmm(p.transpose(1, 2), dy)
-            d = torch.bmm(dy, joined(values, path).transpose(1, 2))
+            d = torch.bmm(dy, joined(values_of, path).transpose(1, 2))
             block.causal_softmax_backward_(p, segments[own], ctx.scale, ctx.window, d)
             torch.bmm(d, joined(keys, path), out=d_queries[own])
             parts = (
@@ -85,7 +85,23 @@ class _PackAttention(torch.autograd.Function):
         for (of_key, of_value), d_key, dv_row in zip(totals, d_keys, dv.split(segments), strict=True):
             d_key.copy_(of_key)
             _put_heads(dv_row, of_value)
-        return *(block.rotate_back(x, cos, sin, segments) for x in (dq, dk)), dv, *[None] * 6
+        for target, rows in zip((dq, dk), d_rows, strict=True):
+            target.copy_(block.rotate_back(rows, cos, sin, segments))
+        return d_qkv, *[None] * 7
+
+
+def _parts(qkv: Tensor, width: int) -> Sequence[Tensor]:
+    """q, k and v of [T, .], of which the last two have so many columns."""
+    return qkv.split([qkv.shape[1] - 2 * width, width, width], 1)
+
+
+def _weights(
+    queries: list[Tensor], keys: list[Tensor], path: list[int], segments: list[int], scale: float, window: int
+) -> Tensor:
+    """Attention weights [K, H / K * L, M] of the last segment of a path over all M tokens of the path."""
+    scores = torch.bmm(queries[path[-1]], joined(keys, path).transpose(1, 2))
+    block.causal_softmax_(scores, segments[path[-1]], scale, window)
+    return scores
 
 
 class _TileAttention(torch.autograd.Function):
@@ -115,12 +131,16 @@ def longest(segments: list[int], parents: list[int] | None) -> int:
     return max(ends)
 
 
-def _by_row(segments: list[int], q: Tensor, k: Tensor, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-    """q [T * H, D] and k [T * K, D] as [K, H / K * L, D] and [K, L, D] per row: heads of one key head together."""
-    heads, kv_heads = len(q) // tokens, len(k) // tokens
+def _by_row(
+    segments: list[int], q: Tensor, k: Tensor, v: Tensor
+) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor]]:
+    """q [T * H, D], k [T * K, D] and v [K, T, D] per row: heads of one key head together, [K, H / K * L, D]."""
+    kv_heads, tokens, width = v.shape
+    q_rows, k_rows = (x.split([n * (len(x) // tokens) for n in segments]) for x in (q, k))
     return (
-        [x.view(kv_heads, -1, q.shape[1]) for x in q.split([n * heads for n in segments])],
-        [x.view(kv_heads, -1, k.shape[1]) for x in k.split([n * kv_heads for n in segments])],
+        [x.view(kv_heads, -1, width) for x in q_rows],
+        [x.view(kv_heads, -1, width) for x in k_rows],
+        v.split(segments, 1),
     )
 
 
@@ -160,15 +180,14 @@ def attention_forward(
     window = getattr(owner, "sliding_window", None)
     window, parents = window or most, parents or [-1] * len(segments)
     projections = (module.q_proj, module.k_proj, module.v_proj)
+    qkv = together(hidden_states, projections)
+    qkv = torch.cat([project(hidden_states) for project in projections], -1) if qkv is None else qkv
+    qkv, key_heads = qkv.flatten(0, 1), qkv.shape[-1] // width // (module.num_key_value_groups + 2)
     if is_tiled:
-        qkv = together(hidden_states, projections)
-        qkv = torch.cat([project(hidden_states) for project in projections], -1) if qkv is None else qkv
-        heads = qkv.shape[-1] // width // (module.num_key_value_groups + 2)
-        layout = _layout(tuple(segments), tuple(parents), heads)
-        out = _TileAttention.apply(qkv.flatten(0, 1), cos, sin, layout, module.scaling, window)
+        layout = _layout(tuple(segments), tuple(parents), key_heads)
+        out = _TileAttention.apply(qkv, cos, sin, layout, module.scaling, window)
     else:
-        q, k, v = (project(hidden_states)[0] for project in projections)
-        out = _PackAttention.apply(q, k, v, cos, sin, segments, parents, module.scaling, window)
+        out = _PackAttention.apply(qkv, cos, sin, key_heads, segments, parents, module.scaling, window)
     return module.o_proj(out[None]), None  # type: ignore[index]
 
 

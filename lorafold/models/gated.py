@@ -16,6 +16,7 @@ from lorafold.adapters.together import together
 from lorafold.kernels import block
 from lorafold.kernels.choice import kernels_for
 from lorafold.kernels.compiled import empty
+from lorafold.quant.again import remember
 
 # classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x))
 REPLACED = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
@@ -40,8 +41,7 @@ class _StackedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
-        gate, up = both.chunk(2, -1)
-        return block.swiglu(gate, up)
+        return _of_halves(both)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -53,15 +53,22 @@ class _StackedSwiGLU(torch.autograd.Function):
         return d_both
 
 
+def _of_halves(both: Tensor) -> Tensor:
+    return block.swiglu(*both.chunk(2, -1))
+
+
 def gated_forward(module: Any, x: Tensor) -> Tensor:
     """The forward pass of a gated block, [..., N] -> [..., N]."""
     covered = block.usable(x) and module.gate_proj.out_features % 16 == 0
     both = together(x, (module.gate_proj, module.up_proj)) if covered else None
     if both is not None:
-        return module.down_proj(_StackedSwiGLU.apply(both))
+        gated: Tensor = _StackedSwiGLU.apply(both)  # type: ignore[assignment]
+        return module.down_proj(remember(gated, _of_halves, both))
     gate, up = module.gate_proj(x), module.up_proj(x)
-    gated = _SwiGLU.apply(gate, up) if kernels_for(gate) else module.act_fn(gate) * up
-    return module.down_proj(gated)
+    if (kernels := kernels_for(gate)) is None:
+        return module.down_proj(module.act_fn(gate) * up)
+    gated = _SwiGLU.apply(gate, up)  # type: ignore[assignment]
+    return module.down_proj(remember(gated, kernels.swiglu, gate, up))
 
 
 def replace_gated(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.kernels.choice import kernels_for
+from lorafold.quant.again import remember
 
 # classes that compute weight * (x rstd) in this order; Gemma's is another
 REPLACED = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
@@ -22,14 +23,9 @@ REPLACED = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if kernels := kernels_for(x):
-            out, rstd = kernels.rms_norm(x, weight, eps)
-            ctx.save_for_backward(x, weight, rstd)
-            return out
-        wide = x.float()
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        out, rstd = _normalize(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return weight * (wide * rstd).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -39,6 +35,15 @@ class _RMSNormFunction(torch.autograd.Function):
         normal = x.float() * rstd
         g = (grads[0] * weight).float()
         return (rstd * (g - normal * (g * normal).mean(-1, keepdim=True))).to(x.dtype), None, None
+
+
+def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """weight * x / rms(x), and 1 / rms(x) [..., 1] or [...]."""
+    if kernels := kernels_for(x):
+        return kernels.rms_norm(x, weight, eps)
+    wide = x.float()
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * rstd).to(x.dtype), rstd
 
 
 class RMSNorm(nn.Module):
@@ -51,14 +56,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """weight * x / rms(x), of the shape and type of x."""
-        weight = self.weight
-        if weight.requires_grad:
+        weight, eps = self.weight, self.variance_epsilon
+        if weight.requires_grad and torch.is_grad_enabled():
             wide = x.float()
-            return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)).to(
-                x.dtype
-            )
-        out: Tensor = _RMSNormFunction.apply(x, weight, self.variance_epsilon)  # type: ignore[assignment]
-        return out
+            return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+        out: Tensor = _RMSNormFunction.apply(x, weight, eps)  # type: ignore[assignment]
+        return remember(out, lambda x: _normalize(x, weight, eps)[0], x)
 
 
 def replace_norms(model: nn.Module) -> None:

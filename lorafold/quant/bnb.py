@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lorafold.quant.ggml import Codec
-from lorafold.quant.kernels import INT8_STEP, NF4_VALUES
+from lorafold.quant.kernels import INT8_STEP
+from lorafold.quant.vectors import NF4_VALUES
 
 BLOCK, NESTED = 64, 256
 _TINY = 1e-38

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lorafold.kernels.gpu import compiled, tl, triton, works
-from lorafold.quant.kernels import INT8_STEP, IQ4_NL_VALUES, NF4_VALUES
+from lorafold.quant.kernels import INT8_STEP
+from lorafold.quant.vectors import IQ4_NL_VALUES, NF4_VALUES
 
 _TILE = 4096  # weights of a program
 Piece = tuple[int, int, int, int]  # byte, shift down, mask, shift up

@@ -14,16 +14,9 @@ from numba import njit, prange
 from torch import Tensor
 
 from lorafold.kernels.compiled import on_torch_threads, round_bfloat16
-from lorafold.quant import lookup
+from lorafold.quant import vectors
+from lorafold.quant.vectors import IQ4_NL_VALUES, NF4_VALUES
 
-# kvalues_iq4nl of ggml-common.h
-IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-# quantiles of the normal distribution (QLoRA, arXiv 2305.14314, appendix E)
-NF4_VALUES = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
-    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
 INT8_STEP = 7.874015718698502e-3  # 1 / 127, as bitsandbytes writes it
 
 
@@ -48,10 +41,11 @@ def decode(
     out = torch.empty(shape, dtype=dtype) if room is None else room[: shape[0] * shape[1]].view(shape)
     s = _NO_SCALES if scale is None else scale.detach().contiguous().numpy()
     raw, o = blocks.contiguous().numpy(), offset.detach().contiguous().numpy()
-    looked_up = _lookup(name) if dtype == torch.bfloat16 and lookup.supported() else None
-    if looked_up is not None:
-        kernel, values, at = looked_up
-        on_torch_threads(kernel, raw, s, o, values, at, out.view(torch.uint16).numpy())
+    if (found := vectors.covering(name, dtype)) is not None:
+        kernel, table, at = found
+        on_torch_threads(
+            kernel, raw, s, o, table, at, (out if dtype == torch.float32 else out.view(torch.uint16)).numpy()
+        )
     elif dtype == torch.bfloat16:
         on_torch_threads(rounded, raw, s, o, *arguments, out.view(torch.uint16).numpy())
     else:
@@ -61,8 +55,8 @@ def decode(
 
 def reads_scale(name: str, dtype: torch.dtype) -> bool:
     """Whether the kernel takes the scales out of the blocks itself."""
-    found = _lookup(name) if dtype == torch.bfloat16 and lookup.supported() else None
-    return found is not None and found[0] is lookup.halves
+    found = vectors.covering(name, dtype)
+    return found is not None and found[0] is vectors.halves
 
 
 def six_bit_parameters(blocks: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
@@ -372,18 +366,3 @@ _KERNELS = {  # format -> kernels for float32 and bfloat16, weights of a block, 
     "Q6_K": (_k_float32, _k_bfloat16, 256, 6, 16),
 }
 _NO_SCALES = np.empty((0, 0), np.float32)
-_COUNT = np.arange(16, dtype=np.float32)
-_LOOKUPS = {  # 4-bit formats -> kernel, what the codes stand for, and the byte at which they begin
-    "Q4_0": (lookup.halves, _COUNT - 8, 2),
-    "Q4_1": (lookup.halves, _COUNT, 4),
-    "Q4_K": (lookup.pairs, _COUNT, 16),
-    "IQ4_NL": (lookup.halves, np.array(IQ4_NL_VALUES, np.float32), 2),
-    "NF4": (lookup.high_first, np.array(NF4_VALUES, np.float32), 4),
-    "NF4-DQ": (lookup.high_first, np.array(NF4_VALUES, np.float32), 1),
-}
-
-
-def _lookup(name: str) -> tuple | None:
-    if name.startswith("MLX4"):
-        return lookup.low_first, _COUNT, 8 if name.endswith("F32") else 4
-    return _LOOKUPS.get(name)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lorafold.quant.ggml import Codec, read_half, write_half
-from lorafold.quant.kernels import IQ4_NL_VALUES, six_bit_parameters
+from lorafold.quant.kernels import six_bit_parameters
+from lorafold.quant.vectors import IQ4_NL_VALUES
 
 BLOCK = 256
 

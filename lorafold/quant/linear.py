@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafold.kernels import block, products
+from lorafold.quant.again import to_keep
 from lorafold.quant.weight import QuantizedWeight, StackedWeight
 
 _GRADIENT_ENTRIES = 1 << 22  # weights whose dense gradient is held at once
@@ -91,26 +92,26 @@ def pooled(x: Tensor, size: int) -> Tensor:
 class _PackedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, offset: Tensor | None, scale: Tensor | None, weight: QuantizedWeight) -> Tensor:
-        ctx.weight = weight
-        kept = None
+        ctx.weight, ctx.input = weight, None
+        kept: tuple[Tensor, ...] = ()
         if scale is not None and scale.requires_grad:
-            kept = x
+            ctx.input, kept = to_keep(x)
         elif offset is not None and offset.requires_grad:
-            kept = pooled(x, weight.format.group_size)
-        ctx.save_for_backward(offset, scale, kept)
+            kept = (pooled(x, weight.format.group_size),)
+        ctx.save_for_backward(offset, scale, *kept)
         return multiply(x, decoded(weight, x.dtype, offset, scale), True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (dy,) = grads
-        offset, scale, kept = ctx.saved_tensors
+        offset, scale, *kept = ctx.saved_tensors
         dx = multiply(dy, decoded(ctx.weight, dy.dtype, offset, scale), False) if ctx.needs_input_grad[0] else None
         d_offset = d_scale = None
         rows = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[2]:
-            d_offset, d_scale = _group_gradients(rows, kept.reshape(-1, kept.shape[-1]), ctx.weight)
+            d_offset, d_scale = _group_gradients(rows, ctx.input(*kept).reshape(-1, ctx.weight.shape[1]), ctx.weight)
         elif ctx.needs_input_grad[1]:
-            d_offset = cross(kept.reshape(-1, kept.shape[-1]), rows).t()
+            d_offset = cross(kept[0].reshape(-1, kept[0].shape[-1]), rows).t()
         return dx, d_offset if ctx.needs_input_grad[1] else None, d_scale, None
 
 

@@ -185,8 +185,8 @@ def test_merges_as_peft_merges(method: str, kind: str) -> None:
         spread(theirs)
         copied(theirs, ours)
     wanted = ours(x).detach()
-    with unmerged(ours):
-        assert torch.equal(ours(x), plain)
+    with unmerged(ours):  # attention of torch takes another path with parameters that are computed
+        torch.testing.assert_close(ours(x), plain, atol=EXACT if kind == "attention" else 0, rtol=0)
     with merged(ours):
         torch.testing.assert_close(ours(x), wanted, atol=EXACT, rtol=0)
     torch.testing.assert_close(ours(x), wanted, atol=0, rtol=0)

@@ -127,6 +127,12 @@ def test_few_tokens_are_judged_by_the_kl_alone() -> None:
     assert len(Agreement(999, 1.51e-3, 0.90, 1.5, 1.6).as_close_as(null)) == 1
 
 
+def test_what_rounding_leaves_is_no_difference() -> None:
+    null = Agreement(164, -6e-9, 1.0, 1.5, 1.5)
+    assert Agreement(164, -8e-9, 1.0, 1.5, 1.5).as_close_as(null) == []
+    assert Agreement(164, 2e-6, 1.0, 1.5, 1.5).as_close_as(null)
+
+
 def test_what_is_not_a_number_is_not_close() -> None:
     nan = float("nan")
     assert Agreement(1000, nan, 0.99, 1.5, nan).as_close_as(NULL)

@@ -1,4 +1,4 @@
-"""The fused passes of a block (bfloat16, CPU) against transformers' modules, judged by the same modules in float32."""
+"""The fused passes of a block on a CPU against transformers' modules, judged by the same modules in float32."""
 
 from __future__ import annotations
 
@@ -38,9 +38,14 @@ def _error(a: Tensor, exact: Tensor) -> float:
     return float((a.double() - exact.double()).norm() / exact.double().norm())
 
 
-def test_swiglu_and_its_gradient() -> None:
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+ROUNDED = {torch.bfloat16: 2**-8, torch.float32: 4e-6}  # a last place, and of float32 what a few operations add up to
+
+
+@dtypes
+def test_swiglu_and_its_gradient(dtype: torch.dtype) -> None:
     """Rounded once, so at most half a unit in the last place (2^-9) off, and gradients likewise."""
-    gate, up, dy = (4 * torch.randn(7, 48).bfloat16() for _ in range(3))
+    gate, up, dy = (4 * torch.randn(7, 48).to(dtype) for _ in range(3))
     g, u = gate.double().requires_grad_(), up.double().requires_grad_()
     exact = F.silu(g) * u
     exact.backward(dy.double())
@@ -48,7 +53,9 @@ def test_swiglu_and_its_gradient() -> None:
     assert g.grad is not None
     assert u.grad is not None
     for ours, theirs in ((block.swiglu(gate, up), exact), (d_gate, g.grad), (d_up, u.grad)):
-        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=2**-8 * 1.01, atol=1e-30)
+        torch.testing.assert_close(
+            ours.double(), theirs.detach(), rtol=ROUNDED[dtype] * 1.01, atol=1e-30 if dtype == torch.bfloat16 else 1e-6
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30, 1e30, 0.0])
@@ -59,44 +66,48 @@ def test_swiglu_of_extreme_gates(value: float) -> None:
     torch.testing.assert_close(block.swiglu(gate, up), F.silu(gate) * up, equal_nan=True)
 
 
+@dtypes
 @pytest.mark.parametrize("segments", [[1], [5], [3, 1, 8], [16, 16]])
 @pytest.mark.parametrize("width", [2, 16, 64])
-def test_rotation(segments: list[int], width: int) -> None:
-    tokens, heads = sum(segments), 3
-    x = torch.randn(tokens, heads * width).bfloat16()
-    cos, sin = (a.bfloat16() for a in _angles(torch.cat([torch.arange(n) for n in segments]), width))
+def test_rotation(segments: list[int], width: int, dtype: torch.dtype) -> None:
+    tokens, heads, wide = sum(segments), 3, dtype == torch.float32
+    x = torch.randn(tokens, heads * width).to(dtype)
+    cos, sin = (a.to(dtype) for a in _angles(torch.cat([torch.arange(n) for n in segments]), width))
     by_head = x.float().view(1, tokens, heads, width).transpose(1, 2)
     rotated, _ = apply_rotary_pos_emb(by_head, by_head, cos.float()[None], sin.float()[None])
     expected = torch.cat([part[0].reshape(-1, width) for part in rotated.split(segments, 2)])
     ours = block.rotate(x, cos, sin, segments)
-    torch.testing.assert_close(ours.float(), expected, rtol=2**-8, atol=2**-8)
+    torch.testing.assert_close(ours.float(), expected, rtol=ROUNDED[dtype], atol=ROUNDED[dtype])
     # the gradient is the transpose: <rotate x, y> = <x, rotate_back y>
     y = torch.randn_like(ours)
     back = block.rotate_back(y, cos, sin, segments)
-    torch.testing.assert_close((expected * y.float()).sum(), (x.float() * back.float()).sum(), rtol=0.02, atol=0.5)
+    torch.testing.assert_close(
+        (expected * y.float()).sum(), (x.float() * back.float()).sum(), rtol=0.02, atol=1e-3 if wide else 0.5
+    )
     inverse = block.rotate_back(ours, cos, sin, segments)  # a rotation, so its transpose undoes it
-    torch.testing.assert_close(inverse.float(), x.float(), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(inverse.float(), x.float(), rtol=0.05, atol=1e-5 if wide else 0.05)
 
 
+@dtypes
 @pytest.mark.parametrize("window", [1, 3, 100])
 @pytest.mark.parametrize("older", [0, 4])
 @pytest.mark.parametrize("tokens", [1, 2, 9])
-def test_causal_softmax(tokens: int, older: int, window: int) -> None:
-    scores = (4 * torch.randn(5, tokens, older + tokens)).bfloat16()
+def test_causal_softmax(tokens: int, older: int, window: int, dtype: torch.dtype) -> None:
+    scores = (4 * torch.randn(5, tokens, older + tokens)).to(dtype)
     exact = scores.double().requires_grad_()
     distance = torch.arange(older, older + tokens)[:, None] - torch.arange(older + tokens)
     visible = (distance >= 0) & (distance < window)
     weights = (exact * 0.3).masked_fill(~visible, -torch.inf).softmax(-1)
     ours = scores.clone()
     block.causal_softmax_(ours, tokens, 0.3, window)
-    torch.testing.assert_close(ours.double(), weights.detach(), rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(ours.double(), weights.detach(), rtol=ROUNDED[dtype], atol=1e-6)
     assert not ours[:, ~visible].any()
-    dy = torch.randn(5, tokens, older + tokens).bfloat16()
+    dy = torch.randn(5, tokens, older + tokens).to(dtype)
     weights.backward(dy.double())
     d = dy.clone()
-    block.causal_softmax_backward_(weights.detach().bfloat16(), tokens, 0.3, window, d)
+    block.causal_softmax_backward_(weights.detach().to(dtype), tokens, 0.3, window, d)
     assert exact.grad is not None
-    torch.testing.assert_close(d.double(), exact.grad, rtol=2**-7, atol=2**-8)
+    torch.testing.assert_close(d.double(), exact.grad, rtol=2 * ROUNDED[dtype], atol=ROUNDED[dtype])
     assert not d[:, ~visible].any()
 
 
@@ -173,14 +184,19 @@ def test_attention(kind: str, tree: Segments, monkeypatch: pytest.MonkeyPatch) -
     real = block.causal_softmax_
     monkeypatch.setattr(block, "causal_softmax_", lambda s, n, scale, w: (seen.append(w), real(s, n, scale, w)))
     after = _run(narrow, x, tree, dy)
-    assert seen == [window or fused_attention.KEPT_TOKENS] * len(tree[0])
+    assert seen == [window or fused_attention.KEPT_TOKENS] * len(tree[0]) * 2  # weights are computed again
     for ours, theirs, truth in zip(after, before, exact, strict=True):
         assert _error(ours, truth) < 1.5 * _error(theirs, truth) + 1e-4
-    # rows too long for it, or other types, go the old way
+    other = copy.deepcopy(wide).half()
+    expected = _run(other, x.half(), tree, dy)[0]
+    for module in (wide, other):
+        replace_attention(module)
+    for ours, truth in zip(_run(wide, x.float(), tree, dy), exact, strict=True):
+        assert _error(ours, truth) < 2e-6
+    # other types, or rows too long for it, go the old way
+    assert torch.equal(_run(other, x.half(), tree, dy)[0], expected)
     monkeypatch.setattr(fused_attention, "KEPT_TOKENS", fused_attention.longest(*tree) - 1)
     assert torch.equal(_run(narrow, x, tree, dy)[0], before[0])
-    replace_attention(wide)
-    assert torch.equal(_run(wide, x.float(), tree, dy)[0], exact[0])
 
 
 TILED = [
@@ -211,6 +227,12 @@ def test_tiled_attention(kind: str, tree: Segments, width: int, monkeypatch: pyt
     assert seen == [window or tiled.most_tokens(3)]
     for ours, theirs, truth in zip(after, before, exact, strict=True):
         assert _error(ours, truth) < 1.1 * _error(theirs, truth) + 1e-4
+
+
+def test_tiles_are_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "supported", lambda: True)
+    assert tiled.usable(torch.empty(0, 32, dtype=torch.bfloat16), 32)
+    assert not tiled.usable(torch.empty(0, 32), 32)
 
 
 @needs_tiles
@@ -244,10 +266,11 @@ def test_sums_of_ancestors_do_not_depend_on_threads() -> None:
     assert torch.equal(*results)
 
 
+@dtypes
 @pytest.mark.parametrize("vocabulary", [16, 48, 1008])
-def test_cross_entropy(vocabulary: int) -> None:
+def test_cross_entropy(vocabulary: int, dtype: torch.dtype) -> None:
     """Losses to float32's precision, gradients rounded once."""
-    logits, targets = (6 * torch.randn(9, vocabulary)).bfloat16(), torch.randint(vocabulary, (9,))
+    logits, targets = (6 * torch.randn(9, vocabulary)).to(dtype), torch.randint(vocabulary, (9,))
     exact = logits.double().requires_grad_()
     losses = F.cross_entropy(exact, targets, reduction="none")
     losses.sum().backward()
@@ -258,12 +281,13 @@ def test_cross_entropy(vocabulary: int) -> None:
     assert torch.equal(ours, logits)
     block.cross_entropy_(ours, targets, True)
     assert exact.grad is not None
-    torch.testing.assert_close(ours.double(), exact.grad, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(ours.double(), exact.grad, rtol=ROUNDED[dtype], atol=1e-6)
 
 
+@dtypes
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_cross_entropy_of_undefined_logits(value: float) -> None:
-    logits = torch.zeros(2, 16).bfloat16()
+def test_cross_entropy_of_undefined_logits(value: float, dtype: torch.dtype) -> None:
+    logits = torch.zeros(2, 16, dtype=dtype)
     logits[1, 4] = value
     losses = block.cross_entropy_(logits, torch.tensor([3, 3]), True)
     assert losses[0].isfinite()
@@ -271,11 +295,12 @@ def test_cross_entropy_of_undefined_logits(value: float) -> None:
     assert logits[1].isnan().any()
 
 
+@dtypes
 @pytest.mark.parametrize("group", [16, 32, 64])
-def test_pool(group: int) -> None:
-    x = torch.randn(5, 3, 192).bfloat16()
+def test_pool(group: int, dtype: torch.dtype) -> None:
+    x = torch.randn(5, 3, 192).to(dtype)
     exact = x.double().unflatten(-1, (-1, group)).sum(-1)
-    torch.testing.assert_close(block.pool(x, group).double(), exact, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(block.pool(x, group).double(), exact, rtol=ROUNDED[dtype], atol=1e-5)
 
 
 def test_gated_block() -> None:
@@ -292,13 +317,17 @@ def test_gated_block() -> None:
         return out.detach(), x.grad
 
     exact, before = run(wide, x.float()), run(narrow, x)
-    replace_gated(narrow)
-    replace_gated(wide)
+    other = copy.deepcopy(wide).double()
+    expected = run(other, x.double())
+    for module in (narrow, wide, other):
+        replace_gated(module)
     after = run(narrow, x)
     assert not torch.equal(after[0], before[0])
     for ours, theirs, truth in zip(after, before, exact, strict=True):
         assert _error(ours, truth) < 1.2 * _error(theirs, truth)
-    assert torch.equal(run(wide, x.float())[0], exact[0])
+    for ours, truth in zip(run(wide, x.float()), exact, strict=True):
+        assert _error(ours, truth) < 1e-6
+    assert torch.equal(run(other, x.double())[0], expected[0])
 
 
 def test_other_activations_are_left_alone() -> None:

@@ -1,4 +1,4 @@
-"""A packed model in bfloat16, its projections computed together, against the same layers one by one."""
+"""A packed model, its projections computed together, against the same layers one by one."""
 
 from __future__ import annotations
 
@@ -6,34 +6,37 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lorafold.adapters import lora
 from lorafold.adapters.inject import adapter_state, inject
 from lorafold.config import AdapterSpec
 from lorafold.data.packs import pack
 from lorafold.data.tokens import Tokens
 from lorafold.evals.loss import pack_loss
-from lorafold.kernels import block, tiles
+from lorafold.kernels import block
 from lorafold.models import fused_attention, gated
 from lorafold.models.gated import gated_forward
 from lorafold.models.load import LoadedModel, load
 from lorafold.models.norms import RMSNorm
+from lorafold.quant import linear
+from lorafold.quant.again import to_keep
 from lorafold.quant.linear import QuantLinear
 from lorafold.quant.weight import encode
-from lorafold.train.budget import checkpointed
+from lorafold.train.budget import _bytes_kept, checkpointed
 
-needs_tiles = pytest.mark.skipif(not tiles.supported(), reason="a processor with matrix tiles")
 ROWS = [Tokens(list(range(2, 2 + n)), [False] + [True] * (n - 1), i) for i, n in enumerate([20, 90, 50, 30])]
 MODULES = (gated, fused_attention)
 
 
-def adapted(path: Path, method: str) -> LoadedModel:
-    loaded = load(path, torch.bfloat16)
+def adapted(path: Path, method: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> LoadedModel:
+    loaded = load(path, dtype)
     torch.manual_seed(0)
-    inject(loaded.model, AdapterSpec(method, r=4))
+    inject(loaded.model, AdapterSpec(method, r=4, **options))
     loaded.model.train()  # without which nothing is checkpointed
     with torch.no_grad():
         for parameter in adapter_state(loaded.model).values():
@@ -49,14 +52,14 @@ def gradients(loaded: LoadedModel) -> tuple[float, Tensor]:
     return loss.item(), torch.cat([grad.flatten() for grad in found])
 
 
-@needs_tiles
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("method", ["lora", "qa-lora"])
 def test_the_model_learns_the_same(
-    tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, method: str, again: bool
+    tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, method: str, again: bool, dtype: torch.dtype
 ) -> None:
-    """Losses and gradients but for bfloat16: sums are rounded at other places."""
-    loaded, calls = adapted(tiny_file("llama", "Q4_1", wide=True), method), []
+    """Losses and gradients but for roundings, which stand at other places."""
+    loaded, calls = adapted(tiny_file("llama", "Q4_1", wide=True), method, dtype), []
     real = gated.together
     for module in MODULES:
         monkeypatch.setattr(module, "together", lambda *given: calls.append(real(*given)) or calls[-1])
@@ -67,11 +70,43 @@ def test_the_model_learns_the_same(
         for module in MODULES:
             monkeypatch.setattr(module, "together", lambda *_: None)
         expected, theirs = gradients(loaded)
-    assert loss == pytest.approx(expected, rel=0.01)
-    assert (ours - theirs).norm() < 0.05 * theirs.norm()
+    wide = dtype == torch.float32
+    assert loss == pytest.approx(expected, rel=1e-6 if wide else 0.01)
+    assert (ours - theirs).norm() < (1e-5 if wide else 0.05) * theirs.norm()
 
 
-@needs_tiles
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "options", [{"method": "lora"}, {"method": "qa-lora", "adapt": "both"}], ids=["lora", "scales"]
+)
+def test_inputs_are_computed_again(
+    tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, options: dict[str, str], dtype: torch.dtype
+) -> None:
+    """The same gradients, bit for bit, as with all inputs kept, from less."""
+    loaded = adapted(tiny_file("llama", "Q4_1", wide=True), dtype=dtype, **options)
+    kept, ours = _bytes_kept(loaded, ROWS)[0], gradients(loaded)[1]
+    for module in (lora, linear):
+        monkeypatch.setattr(module, "to_keep", lambda x: (lambda same: same, (x,)))
+    assert torch.equal(gradients(loaded)[1], ours)
+    config, tokens = loaded.model.config, sum(map(len, ROWS))
+    inputs = 2 * config.hidden_size + config.intermediate_size
+    saved = _bytes_kept(loaded, ROWS)[0] - kept
+    assert saved >= inputs * tokens * config.num_hidden_layers * dtype.itemsize
+
+
+def test_an_input_that_was_changed_is_kept() -> None:
+    norm = RMSNorm(nn.Parameter(torch.ones(64), requires_grad=False), 1e-5)
+    x = torch.randn(3, 64, requires_grad=True)
+    made = norm(x)
+    how, of = to_keep(made)
+    assert of[0] is x
+    assert torch.equal(how(*of), made)
+    changed = made.mul_(2)
+    assert to_keep(changed)[1][0] is changed
+    with torch.no_grad():
+        assert to_keep(norm(x))[1][0] is not x
+
+
 @pytest.mark.parametrize("method", ["lora", "qa-lora"])
 def test_no_input_outlives_its_backward_pass(tiny_file: Callable[..., Path], method: str) -> None:
     """Only saved tensors hold it, and they go with the backward pass, or are none where blocks are computed again."""
@@ -87,7 +122,6 @@ def test_no_input_outlives_its_backward_pass(tiny_file: Callable[..., Path], met
     assert all(ref() is None for ref in seen[:-1])
 
 
-@needs_tiles
 def test_inference_before_training(tiny_file: Callable[..., Path]) -> None:
     loaded = adapted(tiny_file("llama", "Q4_1", wide=True), "lora")
     _, expected = gradients(loaded)

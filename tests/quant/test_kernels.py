@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorafold.quant import kernels, lookup
+from lorafold.quant import kernels, vectors
 from lorafold.quant.codecs import CODECS, GGUF_CODECS
 from tests.quant.test_ggml import HALVES_AT, random_blocks
 
@@ -94,9 +94,12 @@ def test_other_cases_go_to_torch() -> None:
     assert not kernels.usable("Q4_1", blocks.to("meta"), torch.float32)
 
 
-@pytest.mark.skipif(not lookup.supported(), reason="the processor has no 512-bit instructions")
-@pytest.mark.parametrize("codec", ["Q4_0", "Q4_1", "Q4_K", "IQ4_NL", "NF4", "NF4-DQ", "MLX4-G32-F32", "MLX4-G128-BF16"])
-def test_processors_without_the_lookup_decode_the_same(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+VECTORS = ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "NF4", "NF4-DQ", "MLX4-G32-F32", "MLX4-G128-BF16"]
+
+
+@dtypes
+@pytest.mark.parametrize("codec", VECTORS)
+def test_vectors_and_loops_decode_the_same(codec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random codes with scales and offsets of all sizes, among them what is not a number or no number."""
     form = CODECS[codec]
     generator = torch.Generator().manual_seed(1)
@@ -105,18 +108,18 @@ def test_processors_without_the_lookup_decode_the_same(codec: str, monkeypatch: 
     scale, offset = ((torch.randn(7, groups, generator=generator) * 10.0).exp() for _ in range(2))
     offset = -offset if form.affine else torch.full_like(offset, -0.0)
     scale[0, 0], scale[1, 0], scale[2, 0] = torch.nan, torch.inf, 0.0
-    with_lookup = kernels.decode(codec, blocks, scale, offset, torch.bfloat16)
-    monkeypatch.setattr(lookup, "supported", lambda: False)
-    same_bits(with_lookup, kernels.decode(codec, blocks, scale, offset, torch.bfloat16))
+    by_vectors = kernels.decode(codec, blocks, scale, offset, dtype)
+    monkeypatch.setattr(vectors, "covering", lambda *_: None)
+    same_bits(by_vectors, kernels.decode(codec, blocks, scale, offset, dtype))
 
 
 @pytest.mark.parametrize("setting", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_ENABLE_AVX": "0"}])
 def test_numba_may_compile_for_an_older_processor(setting: dict[str, str]) -> None:
-    """As for a cache that several machines share: the lookup is left out, and LLVM is not asked for it."""
+    """As for a cache that several machines share: LLVM is not asked for what that one does not have."""
     code = (
-        "import torch; from lorafold.quant.weight import encode; from lorafold.quant import lookup;"
+        "import torch; from lorafold.quant.weight import encode; from lorafold.quant import vectors;"
         "w = encode(torch.randn(4, 64), 'Q4_1'); exact = w.decode(torch.float32).bfloat16();"
-        "assert not lookup.supported(); assert torch.equal(w.decode(torch.bfloat16), exact)"
+        "assert not vectors.permutes(); assert torch.equal(w.decode(torch.bfloat16), exact)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | setting, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -127,3 +130,14 @@ def test_blocks_that_are_not_contiguous() -> None:
     for part in (blocks[:, ::2], blocks.transpose(0, 1), torch.cat([blocks, blocks], 2)[..., :20]):
         for dtype in (torch.bfloat16, torch.float32):
             assert torch.equal(CODECS["Q4_1"].decode(part, dtype), CODECS["Q4_1"].decode(part.contiguous(), dtype))
+
+
+@dtypes
+def test_scales_are_read_out_of_blocks(dtype: torch.dtype) -> None:
+    """Every number that a float16 can be, with codes of 15 and an offset of zero."""
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(-1, 1, 2)
+    blocks = torch.cat([halves, torch.zeros_like(halves), torch.full((1 << 16, 1, 16), 0xFF, dtype=torch.uint8)], -1)
+    form = CODECS["Q4_1"]
+    ours, scale = form.decode(blocks, dtype, torch.zeros(1 << 16, 1)), form.scale(blocks)
+    exact = form.decode_reference(blocks, scale, torch.zeros_like(scale), dtype)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=0, equal_nan=True)
