@@ -18,7 +18,7 @@ demo: setup
 	$(VENV)/bin/lorafold demo
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 # on a machine with a GPU: the kernels there, and the benchmark beside TRL
 gpu-test: setup
