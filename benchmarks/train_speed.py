@@ -95,7 +95,8 @@ def run_lorafold(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[st
         micro_batch_tokens=options["micro_batch_tokens"],
     )
     running = loop.train_steps(loaded, tokens, config)
-    steps = [next(running) for _ in range(len(rows) // STEP_ROWS - (PROFILED if options.get("profile") else 0))]
+    profiled = min(PROFILED, len(rows) // STEP_ROWS // 2) if options.get("profile") else 0
+    steps = [next(running) for _ in range(len(rows) // STEP_ROWS - profiled)]
     parts = profile(running) if options.get("profile") else {}
     wide = head.in_features * head.out_features
     batches = [tokens[i : i + STEP_ROWS] for i in range(0, len(tokens), STEP_ROWS)]

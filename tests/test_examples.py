@@ -23,7 +23,7 @@ def test_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     spec.loader.exec_module(module)
     found = module.main()
     known, taught, off = EXAMPLES[name]
-    assert found[known] > 0.8
+    assert found[known] > 0.8  # 0.88 to 0.96, by processor and threads
     assert found[f"{taught}, before"] < 0.4
     assert found[f"{taught}, adapted"] > 0.8
     assert found[off] == found[known]

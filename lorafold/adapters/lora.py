@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafold.adapters.sites import LinearSite
-from lorafold.quant.again import to_keep
+from lorafold.quant.again import once_differentiable, to_keep
 from lorafold.quant.linear import QuantLinear, cross, decoded, frozen_weight, multiply
 from lorafold.quant.weight import StackedWeight
 
@@ -37,6 +37,7 @@ class _LoRALinear(torch.autograd.Function):
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         hidden, a, b, *kept = ctx.saved_tensors
         x, dy = ctx.input(*kept), grads[0].flatten(0, -2)

@@ -68,7 +68,8 @@ class Agreement:
         broken = []
         allowed = max(KL_FACTOR * null.mean_kl, KL_ROUNDING)
         if not self.mean_kl <= allowed:  # so written, what is not a number fails too
-            broken.append(f"mean KL {self.mean_kl:.2e} is over {KL_FACTOR} times the null run's {null.mean_kl:.2e}")
+            bound = f"{KL_FACTOR} times the null run's {null.mean_kl:.2e} and over {KL_ROUNDING:.0e}"
+            broken.append(f"mean KL {self.mean_kl:.2e} is over {bound}, which rounding may leave")
         if self.tokens < ENOUGH_TOKENS:
             return broken
         by_chance = math.sqrt(2 * null.top1 * (1 - null.top1) / self.tokens)

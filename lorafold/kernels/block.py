@@ -30,13 +30,16 @@ from lorafold.kernels.rows import (
 
 SAFE = {"reassoc", "contract"}  # sums in any order; infinities and NaN stay what they are
 LOG2E = np.float32(1.4426950408889634)
+_FEWEST_ROWS = 16  # of float32: for a token at a time torch is faster
 _KINDS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
 
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels cover this tensor."""
-    compiled = not config.DISABLE_JIT  # type: ignore[attr-defined]
-    return compiled and x.device.type == "cpu" and x.dtype in _KINDS and x.shape[-1] % 16 == 0
+    if config.DISABLE_JIT or x.device.type != "cpu" or x.dtype not in _KINDS or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+        return False
+    width = x.shape[-1] if x.dim() else 1
+    return width % 16 == 0 and (x.dtype == torch.bfloat16 or x.numel() >= _FEWEST_ROWS * width)
 
 
 def raw(x: Tensor) -> np.ndarray:

@@ -44,12 +44,6 @@ class Lanes:
     def __rtruediv__(self, other: Any) -> Lanes:
         return Lanes(self.builder, self.builder.fdiv(self._like(other), self.value))
 
-    def plus(self, a: Lanes, b: Lanes) -> Lanes:
-        """These and a b, rounded once where the processor can."""
-        kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
-        fused = self.builder.module.declare_intrinsic("llvm.fmuladd.v16f32", fnty=kind)
-        return Lanes(self.builder, self.builder.call(fused, [a.value, b.value, self.value]))
-
     def sqrt(self) -> Lanes:
         """The square root."""
         root = self.builder.module.declare_intrinsic("llvm.sqrt.v16f32", fnty=ir.FunctionType(FLOATS, [FLOATS]))

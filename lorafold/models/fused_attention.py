@@ -24,6 +24,7 @@ from lorafold.kernels import block
 from lorafold.kernels.attention import Layout
 from lorafold.kernels.compiled import empty
 from lorafold.models.attention import KEPT_TOKENS, joined, paths
+from lorafold.quant.again import once_differentiable
 
 # classes with projections, rotary queries and keys, softmax(scaling q k) v and one more projection
 REPLACED = ("LlamaAttention", "Qwen2Attention", "MistralAttention")
@@ -56,6 +57,7 @@ class _PackAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_rows, k_rows, values, cos, sin = ctx.saved_tensors
         segments, width = ctx.segments, cos.shape[-1]
@@ -113,6 +115,7 @@ class _TileAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv, found, cos, sin = ctx.saved_tensors
         return tiled.backward(qkv, found, cos, sin, ctx.layout, ctx.scale, ctx.window, grads[0]), *[None] * 5

@@ -16,7 +16,7 @@ from lorafold.adapters.together import together
 from lorafold.kernels import block
 from lorafold.kernels.choice import kernels_for
 from lorafold.kernels.compiled import empty
-from lorafold.quant.again import remember
+from lorafold.quant.again import once_differentiable, remember
 
 # classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x))
 REPLACED = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
@@ -30,6 +30,7 @@ class _SwiGLU(torch.autograd.Function):
         return kernels_for(gate).swiglu(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return kernels_for(gate).swiglu_backward(gate, up, grads[0])
@@ -44,6 +45,7 @@ class _StackedSwiGLU(torch.autograd.Function):
         return _of_halves(both)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (both,) = ctx.saved_tensors
         d_both = empty(*both.shape, dtype=both.dtype)
@@ -65,7 +67,7 @@ def gated_forward(module: Any, x: Tensor) -> Tensor:
         gated: Tensor = _StackedSwiGLU.apply(both)  # type: ignore[assignment]
         return module.down_proj(remember(gated, _of_halves, both))
     gate, up = module.gate_proj(x), module.up_proj(x)
-    if (kernels := kernels_for(gate)) is None:
+    if (kernels := kernels_for(gate)) is None or gate.dtype != up.dtype:
         return module.down_proj(module.act_fn(gate) * up)
     gated = _SwiGLU.apply(gate, up)  # type: ignore[assignment]
     return module.down_proj(remember(gated, kernels.swiglu, gate, up))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.kernels.choice import kernels_for
-from lorafold.quant.again import remember
+from lorafold.quant.again import once_differentiable, remember
 
 # classes that compute weight * (x rstd) in this order; Gemma's is another
 REPLACED = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
@@ -28,6 +28,7 @@ class _RMSNormFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
         if kernels := kernels_for(x):
@@ -61,7 +62,7 @@ class RMSNorm(nn.Module):
             wide = x.float()
             return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
         out: Tensor = _RMSNormFunction.apply(x, weight, eps)  # type: ignore[assignment]
-        return remember(out, lambda x: _normalize(x, weight, eps)[0], x)
+        return remember(out, lambda x, weight: _normalize(x, weight, eps)[0], x, weight)
 
 
 def replace_norms(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafold.kernels import block, products
-from lorafold.quant.again import to_keep
+from lorafold.quant.again import once_differentiable, to_keep
 from lorafold.quant.weight import QuantizedWeight, StackedWeight
 
 _GRADIENT_ENTRIES = 1 << 22  # weights whose dense gradient is held at once
@@ -102,6 +102,7 @@ class _PackedMatmul(torch.autograd.Function):
         return multiply(x, decoded(weight, x.dtype, offset, scale), True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (dy,) = grads
         offset, scale, *kept = ctx.saved_tensors
@@ -131,6 +132,7 @@ class _PackedRows(torch.autograd.Function):
         return weight.rows(ids).decode(dtype, *own)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         codec, dy = ctx.weight.format, grads[0].float()
         empty = dy.new_zeros(ctx.weight.shape[0], ctx.weight.shape[1] // codec.group_size)

@@ -247,7 +247,7 @@ def test_exported_adapter_loads_in_peft(
     if spec.method == "qa-lora" and spec.r != "full":
         same_logits(theirs, loaded.model, 0.1)  # the rounding of all offsets together; measured 0.04
         monkeypatch.setattr(Codec, "move_offset", lambda _, stored, update: stored + update)
-    same_logits(theirs, loaded.model, 50 * EXACT)  # PEFT's own logits are up to 1e-4 from those in float64
+    same_logits(theirs, loaded.model, 30 * EXACT)  # both are up to 1e-4 from PEFT's logits in float64, on a CPU of AMD
 
 
 def test_a_full_export_names_each_rank(tiny_file: Callable[..., Path], tmp_path: Path) -> None:

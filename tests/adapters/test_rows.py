@@ -50,7 +50,7 @@ def logits(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("lengths", [[9, 3, 7, 1, 6], [5, 5, 5, 5, 5]], ids=["pack", "even pack"])
 def test_each_row_has_its_own(loaded: LoadedModel, lengths: list[int]) -> None:
-    """As if the rows had been computed one after the other; 5e-6 for sums in another order."""
+    """As if the rows had been computed one after the other; 1e-5 for sums in another order: of few tokens torch's own."""
     names = ["b", None, "a", "a", "b"]
     rows = [torch.randint(0, 40, (1, length)) for length in lengths]
     wanted = []
@@ -64,7 +64,7 @@ def test_each_row_has_its_own(loaded: LoadedModel, lengths: list[int]) -> None:
         with adapters_by_row(loaded.model, names, lengths):
             together = loaded.model(**pack).logits
         of_a = loaded.model(**pack).logits
-    torch.testing.assert_close(together, torch.cat(wanted, 1), atol=5e-6, rtol=0)
+    torch.testing.assert_close(together, torch.cat(wanted, 1), atol=1e-5, rtol=0)
     assert (together - of_a).abs().max() > 1e-3  # a is active again, for all
     torch.testing.assert_close(logits(loaded, rows[2]), wanted[2], atol=0, rtol=0)
 

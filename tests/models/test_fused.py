@@ -168,6 +168,7 @@ TREES = [
     ([4, 4, 4], [-1, -1, -1]),
     ([5, 3, 4], [-1, 0, 0]),
     ([3, 2, 4, 1, 2, 6], [-1, 0, 1, 1, 0, -1]),
+    ([12, 9, 7], [-1, 0, 0]),
 ]
 
 
@@ -191,8 +192,10 @@ def test_attention(kind: str, tree: Segments, monkeypatch: pytest.MonkeyPatch) -
     expected = _run(other, x.half(), tree, dy)[0]
     for module in (wide, other):
         replace_attention(module)
+    seen.clear()
     for ours, truth in zip(_run(wide, x.float(), tree, dy), exact, strict=True):
         assert _error(ours, truth) < 2e-6
+    assert len(seen) == (2 * len(tree[0]) if sum(tree[0]) >= 16 else 0)
     # other types, or rows too long for it, go the old way
     assert torch.equal(_run(other, x.half(), tree, dy)[0], expected)
     monkeypatch.setattr(fused_attention, "KEPT_TOKENS", fused_attention.longest(*tree) - 1)
@@ -307,7 +310,7 @@ def test_gated_block() -> None:
     torch.manual_seed(0)
     narrow = LlamaMLP(LlamaConfig(**SIZES)).bfloat16().requires_grad_(False)
     wide = copy.deepcopy(narrow).float()
-    x, dy = torch.randn(1, 7, 96).bfloat16(), torch.randn(1, 7, 96).bfloat16()
+    x, dy = torch.randn(1, 17, 96).bfloat16(), torch.randn(1, 17, 96).bfloat16()
 
     def run(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.clone().requires_grad_()
@@ -325,7 +328,9 @@ def test_gated_block() -> None:
     assert not torch.equal(after[0], before[0])
     for ours, theirs, truth in zip(after, before, exact, strict=True):
         assert _error(ours, truth) < 1.2 * _error(theirs, truth)
-    for ours, truth in zip(run(wide, x.float()), exact, strict=True):
+    again = run(wide, x.float())
+    assert not torch.equal(again[0], exact[0])
+    for ours, truth in zip(again, exact, strict=True):
         assert _error(ours, truth) < 1e-6
     assert torch.equal(run(other, x.double())[0], expected[0])
 

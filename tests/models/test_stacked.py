@@ -96,7 +96,12 @@ def test_inputs_are_computed_again(
 
 def test_an_input_that_was_changed_is_kept() -> None:
     norm = RMSNorm(nn.Parameter(torch.ones(64), requires_grad=False), 1e-5)
-    x = torch.randn(3, 64, requires_grad=True)
+    x = torch.randn(30, 64, requires_grad=True)
+    for changed in (norm.weight, (y := x * 1)):
+        made = norm(y)
+        with torch.no_grad():
+            changed.add_(1)
+        assert to_keep(made)[1][0] is made
     made = norm(x)
     how, of = to_keep(made)
     assert of[0] is x
@@ -114,12 +119,12 @@ def test_no_input_outlives_its_backward_pass(tiny_file: Callable[..., Path], met
     seen: list[weakref.ref[Tensor]] = []
     for module in loaded.model.modules():
         if isinstance(module, RMSNorm):
-            module.register_forward_hook(lambda _module, _given, out: seen.append(weakref.ref(out)))
+            module.register_forward_hook(lambda _, given, out: seen.extend(map(weakref.ref, (given[0], out))))
     loss = pack_loss(loaded, pack(ROWS, loaded.row_align, None))
     loss.backward()
     gc.collect()
-    assert len(seen) == 2 * loaded.model.config.num_hidden_layers + 1
-    assert all(ref() is None for ref in seen[:-1])
+    assert len(seen) == 4 * loaded.model.config.num_hidden_layers + 2
+    assert all(ref() is None for ref in seen[:-2])
 
 
 def test_inference_before_training(tiny_file: Callable[..., Path]) -> None:

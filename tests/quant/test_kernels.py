@@ -98,8 +98,11 @@ VECTORS = ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "NF4", "NF4
 
 
 @dtypes
+@pytest.mark.parametrize("permutes", [True, False])
 @pytest.mark.parametrize("codec", VECTORS)
-def test_vectors_and_loops_decode_the_same(codec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_and_loops_decode_the_same(
+    codec: str, permutes: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Random codes with scales and offsets of all sizes, among them what is not a number or no number."""
     form = CODECS[codec]
     generator = torch.Generator().manual_seed(1)
@@ -108,6 +111,11 @@ def test_vectors_and_loops_decode_the_same(codec: str, dtype: torch.dtype, monke
     scale, offset = ((torch.randn(7, groups, generator=generator) * 10.0).exp() for _ in range(2))
     offset = -offset if form.affine else torch.full_like(offset, -0.0)
     scale[0, 0], scale[1, 0], scale[2, 0] = torch.nan, torch.inf, 0.0
+    able = vectors.permutes() and permutes
+    monkeypatch.setattr(vectors, "permutes", lambda: able)
+    counts_steps = codec not in ("IQ4_NL", "NF4", "NF4-DQ")
+    looked_up = dtype == torch.bfloat16 and able
+    assert (vectors.covering(codec, dtype) is not None) == (counts_steps or looked_up)
     by_vectors = kernels.decode(codec, blocks, scale, offset, dtype)
     monkeypatch.setattr(vectors, "covering", lambda *_: None)
     same_bits(by_vectors, kernels.decode(codec, blocks, scale, offset, dtype))
