@@ -50,7 +50,7 @@ def logits(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("lengths", [[9, 3, 7, 1, 6], [5, 5, 5, 5, 5]], ids=["pack", "even pack"])
 def test_each_row_has_its_own(loaded: LoadedModel, lengths: list[int]) -> None:
-    """As if the rows had been computed one after the other; 1e-5 for sums in another order: of few tokens torch's own."""
+    """As if the rows had been computed one after the other; 1e-5 for sums in another order (few rows: torch's)."""
     names = ["b", None, "a", "a", "b"]
     rows = [torch.randint(0, 40, (1, length)) for length in lengths]
     wanted = []
