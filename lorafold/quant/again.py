@@ -1,7 +1,8 @@
-"""Inputs of layers that are cheaper to compute again than to keep: what a norm or a gated activation returns.
+"""What backward passes share: inputs that are cheaper to compute again than to keep, and no second derivatives.
 
-A layer that needs its input for the backward pass keeps what that was made of, which the norm or the activation keeps
-anyway, and makes it again there, the same numbers in one pass.
+These inputs are what a norm or a gated activation returns. A layer that needs its input for the backward pass keeps
+what that was made of, which the norm or the activation keeps anyway, and makes it again there, the same numbers in one
+pass.
 """
 
 from __future__ import annotations

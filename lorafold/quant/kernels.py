@@ -56,7 +56,7 @@ def decode(
 def reads_scale(name: str, dtype: torch.dtype) -> bool:
     """Whether the kernel takes the scales out of the blocks itself."""
     found = vectors.covering(name, dtype)
-    return found is not None and found[0] is vectors.halves
+    return found is not None and found[0] is vectors.groups
 
 
 def six_bit_parameters(blocks: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,27 +31,16 @@ NF4_VALUES = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 _BYTES, _HALF_BYTES = ir.VectorType(ir.IntType(8), 32), ir.VectorType(ir.IntType(8), 16)
-_WORDS, _HALF_WORDS = ir.VectorType(ir.IntType(16), 32), ir.VectorType(ir.IntType(16), 16)
+_WORDS = ir.VectorType(ir.IntType(16), 32)
 _FLOATS, _BITS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(32), 16)
 _TURNS = [i // 2 + 16 * (i % 2) for i in range(32)]  # one of the first 16, one of the second 16, ...
 
 
-def _able() -> set[str]:
-    """What the processor that numba compiles for can do; its settings may ask for an older one."""
-    _triple, _processor, features = cpu_target.target_context.codegen().magic_tuple()  # type: ignore[union-attr]
-    return set() if config.DISABLE_JIT else set(str(features).split(","))  # type: ignore[attr-defined]
-
-
-@functools.cache
-def computes() -> bool:
-    """Whether there is a compiler."""
-    return bool(_able())
-
-
 @functools.cache
 def permutes() -> bool:
-    """Whether 32 words can be looked up at once."""
-    return "+avx512bw" in _able()
+    """Whether numba compiles for a processor that looks up 32 words at once; its settings may ask for an older one."""
+    _triple, _processor, features = cpu_target.target_context.codegen().magic_tuple()  # type: ignore[union-attr]
+    return "+avx512bw" in str(features).split(",") and not config.DISABLE_JIT  # type: ignore[attr-defined]
 
 
 def _load(builder: Any, address: Any, kind: Any) -> Any:
@@ -73,13 +62,8 @@ def _weights(builder: Any, values: Any, scale: Any, offset: Any) -> Any:
 
 
 def _table(builder: Any, values: Any, scale: Any, offset: Any) -> Any:
-    """scale * value + offset of 16 values, rounded to bfloat16 as `round_bfloat16` does; in words, twice."""
-    weights = _weights(builder, _load(builder, values, _FLOATS), scale, offset)
-    bits = builder.bitcast(weights, _BITS)
-    bits = builder.select(builder.fcmp_unordered("uno", weights, weights), _splat(_BITS, 0x7FC00000), bits)
-    odd = builder.and_(builder.lshr(bits, _splat(_BITS, 16)), _splat(_BITS, 1))
-    bits = builder.add(bits, builder.add(odd, _splat(_BITS, 0x7FFF)))
-    words = builder.trunc(builder.lshr(bits, _splat(_BITS, 16)), _HALF_WORDS)
+    """scale * value + offset of 16 values as bfloat16 words, twice."""
+    words = Lanes(builder, _weights(builder, _load(builder, values, _FLOATS), scale, offset)).round()
     return _mix(builder, words, words, range(32))
 
 
@@ -180,38 +164,24 @@ def _half(typing_context, address):  # noqa: ARG001 (numba's protocol)
 
 
 @njit(parallel=True, cache=True)
-def halves(raw, scale, offset, table, at, out):
-    """Q4_0, Q4_1, IQ4_NL: groups of 32 from byte `at`; low halves of 16 bytes, then their high halves.
+def groups(raw, scale, offset, table, at, out):
+    """Groups of 32, by the bytes of their codes, from byte `at`: 16 (Q4_0, Q4_1, IQ4_NL), 20 (Q5_0, Q5_1), 32 (Q8_0).
 
-    Without scales (an array of no rows) those at the beginning of each block are taken.
+    16 bytes are low halves, then high halves, before which 4 hold fifth bits. Without scales (an array of no rows)
+    those at the beginning of each block are taken. Of signed bytes the table is 128 more than the code of zero.
     """
-    stored = len(scale) == 0
+    stored, size = len(scale) == 0, raw.shape[2] - at
     for r in prange(raw.shape[0]):
         kind, source, target = out.dtype.type(0), raw[r].ctypes.data, out[r].ctypes.data
         for g in range(raw.shape[1]):
-            place = source + g * raw.shape[2]
+            place, to = source + g * raw.shape[2], target + 32 * out.itemsize * g
             s = _half(place) if stored else scale[r, g]
-            _store_halves(kind, table, s, offset[r, g], place + at, target + 32 * out.itemsize * g)
-
-
-@njit(parallel=True, cache=True)
-def fifths(raw, scale, offset, table, at, out):
-    """Q5_0, Q5_1: groups of 32 from byte `at`."""
-    for r in prange(raw.shape[0]):
-        kind, source, target = out.dtype.type(0), raw[r].ctypes.data + at, out[r].ctypes.data
-        for g in range(raw.shape[1]):
-            to = target + 32 * out.itemsize * g
-            _store_fifth(kind, table, scale[r, g], offset[r, g], source + g * raw.shape[2], to)
-
-
-@njit(parallel=True, cache=True)
-def signed_bytes(raw, scale, offset, table, at, out):
-    """Q8_0: groups of 32 from byte `at`; the table is 128 more than the code of zero."""
-    for r in prange(raw.shape[0]):
-        kind, source, target = out.dtype.type(0), raw[r].ctypes.data + at, out[r].ctypes.data
-        for g in range(raw.shape[1]):
-            to = target + 32 * out.itemsize * g
-            _store_bytes(kind, table, scale[r, g], offset[r, g], source + g * raw.shape[2], to)
+            if size == 16:
+                _store_halves(kind, table, s, offset[r, g], place + at, to)
+            elif size == 20:
+                _store_fifth(kind, table, s, offset[r, g], place + at, to)
+            else:
+                _store_bytes(kind, table, s, offset[r, g], place + at, to)
 
 
 @njit(parallel=True, cache=True)
@@ -252,13 +222,13 @@ def pairs(raw, scale, offset, table, at, out):
 
 _COUNT = np.arange(16, dtype=np.float32)
 _FORMATS = {  # format -> kernel, what the codes stand for, and the byte at which they begin
-    "Q4_0": (halves, _COUNT - 8, 2),
-    "Q4_1": (halves, _COUNT, 4),
+    "Q4_0": (groups, _COUNT - 8, 2),
+    "Q4_1": (groups, _COUNT, 4),
     "Q4_K": (pairs, _COUNT, 16),
-    "Q5_0": (fifths, np.arange(32, dtype=np.float32) - 16, 2),
-    "Q5_1": (fifths, np.arange(32, dtype=np.float32), 4),
-    "Q8_0": (signed_bytes, np.arange(256, dtype=np.float32) - 128, 2),
-    "IQ4_NL": (halves, np.array(IQ4_NL_VALUES, np.float32), 2),
+    "Q5_0": (groups, np.arange(32, dtype=np.float32) - 16, 2),
+    "Q5_1": (groups, np.arange(32, dtype=np.float32), 4),
+    "Q8_0": (groups, np.arange(256, dtype=np.float32) - 128, 2),
+    "IQ4_NL": (groups, np.array(IQ4_NL_VALUES, np.float32), 2),
     "NF4": (high_first, np.array(NF4_VALUES, np.float32), 4),
     "NF4-DQ": (high_first, np.array(NF4_VALUES, np.float32), 1),
 }
@@ -275,4 +245,4 @@ def covering(name: str, dtype: torch.dtype) -> tuple | None:
     if dtype == torch.bfloat16 and len(values) == 16 and permutes():
         return kernel, values.ctypes.data, at
     counts_steps = values[-1] - values[0] == len(values) - 1
-    return (kernel, np.float32(-values[0]), at) if counts_steps and computes() else None
+    return (kernel, np.float32(-values[0]), at) if counts_steps and not config.DISABLE_JIT else None  # type: ignore[attr-defined]

@@ -141,11 +141,13 @@ def test_blocks_that_are_not_contiguous() -> None:
 
 
 @dtypes
-def test_scales_are_read_out_of_blocks(dtype: torch.dtype) -> None:
-    """Every number that a float16 can be, with codes of 15 and an offset of zero."""
+@pytest.mark.parametrize("codec", ["Q4_0", "Q4_1", "Q5_1", "Q8_0"])
+def test_scales_are_read_out_of_blocks(codec: str, dtype: torch.dtype) -> None:
+    """Every number that a float16 can be, with codes of ones and an offset of zero."""
+    form = CODECS[codec]
     halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(-1, 1, 2)
-    blocks = torch.cat([halves, torch.zeros_like(halves), torch.full((1 << 16, 1, 16), 0xFF, dtype=torch.uint8)], -1)
-    form = CODECS["Q4_1"]
-    ours, scale = form.decode(blocks, dtype, torch.zeros(1 << 16, 1)), form.scale(blocks)
-    exact = form.decode_reference(blocks, scale, torch.zeros_like(scale), dtype)
-    torch.testing.assert_close(ours, exact, rtol=0, atol=0, equal_nan=True)
+    rest = torch.full((1 << 16, 1, form.block_bytes - 2), 0xFF, dtype=torch.uint8)
+    blocks, nothing = torch.cat([halves, rest], -1), torch.zeros(1 << 16, 1)
+    assert kernels.reads_scale(codec, dtype)
+    exact = form.decode_reference(blocks, form.scale(blocks), nothing, dtype)
+    torch.testing.assert_close(form.decode(blocks, dtype, nothing), exact, rtol=0, atol=0, equal_nan=True)
