@@ -66,9 +66,10 @@ ENGINES = {
     "mlx": "evals/mlx_lm.py",
     "mlx_lm": "evals/mlx_lm.py",
     "triton": "kernels/gpu.py",
-    "llvmlite": "kernels/lanes.py kernels/rows.py kernels/tiles.py quant/vectors.py",
-    "numba": "kernels/attention.py kernels/block.py kernels/compiled.py kernels/lanes.py "
-    "kernels/products.py kernels/rows.py kernels/tiles.py quant/kernels.py quant/vectors.py quant/solver.py",
+    "llvmlite": "kernels/floats.py kernels/lanes.py kernels/rows.py kernels/tiles.py quant/vectors.py",
+    "numba": "kernels/attention.py kernels/block.py kernels/compiled.py kernels/floats.py kernels/lanes.py "
+    "kernels/packs.py kernels/products.py kernels/rows.py kernels/tiled_attention.py kernels/tiles.py "
+    "quant/kernels.py quant/vectors.py quant/solver.py",
 }
 
 

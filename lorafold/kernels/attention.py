@@ -1,15 +1,16 @@
-"""Causal attention over the segments of a pack with matrix tiles: rotary embedding, scores, softmax, sums in one pass.
+"""Causal attention over the segments of a pack on any processor: rotation, scores, softmax and sums in one pass.
 
-A thread takes a segment and a key head at a time and keeps what it needs in its cache. No attention weights are kept
-for the backward pass, which computes them again (as arXiv 2205.14135 does).
+A thread takes a segment and a query head at a time and keeps what it needs in its cache: some queries, all keys that
+these see. Whatever the type of the rows, sums are float32. No attention weights are kept for the backward pass, which
+computes them again, and memory grows with the tokens of a row, not with their square (as in arXiv 2205.14135).
 """
 
 # T tokens, H query heads, K key heads, D head width; a path is a segment after its ancestors, of N tokens rounded up
-# to 32; bfloat16 is uint16 here; `at` is the address of memory that is still free
+# to 48, which is whole panels of 16 and whole sixes; `at` is the address of memory that is still free
 
 from __future__ import annotations
 
-import threading
+import functools
 
 import numpy as np
 import torch
@@ -18,335 +19,238 @@ from torch import Tensor
 
 from lorafold.kernels import block
 from lorafold.kernels.block import raw
-from lorafold.kernels.compiled import address, empty, on_torch_threads
-from lorafold.kernels.rows import (
-    clear,
-    copy,
-    rotate_floats,
-    rotate_words,
-    scaled_row,
-    softmax_backward_row,
-    softmax_row,
-)
-from lorafold.kernels.tiles import (
-    SETTINGS,
-    configure,
-    lay,
-    panel,
-    release,
-    round_pair,
-    round_row,
-    supported,
-    turn,
-    workspace,
-)
+from lorafold.kernels.compiled import address, empty, on_torch_threads, workspace
+from lorafold.kernels.floats import ROWS, product
+from lorafold.kernels.packs import Layout, columns, path_of, rotation_tables
+from lorafold.kernels.rows import add_row, clear, rotate_row, scaled_row, softmax_backward_row, softmax_row, widen_row
 
-_MOST_BYTES = 64 << 20  # of a thread
+_FLOAT = np.float32(0)  # the kind of rows between
+_QUERIES = 36  # at a time, a multiple of 6
+_DEPTH = 256  # most keys of one product with values, which lie in the first cache
 
 
 @njit(inline="always")
-def _up(n):
-    return (n + 31) // 32 * 32
-
-
-@njit(cache=True)
-def _path(segment, pack):
-    """The segments of a path, and their tokens."""
-    _starts, lengths, path_at, paths = pack
-    path, tokens = paths[path_at[segment] : path_at[segment + 1]], 0
-    for s in path:
-        tokens += lengths[s]
-    return path, tokens
+def _up(n, step):
+    return (n + step - 1) // step * step
 
 
 @njit(cache=True)
 def _rotated(x, token, column, tables, out):
-    """The head that begins at a column of x, rotated, goes to an address."""
+    """The head that begins at a column of x, rotated, goes to an address as float32."""
     cos, sin, _back = tables
-    rotate_words(address(x, token, column), address(cos, token, 0), address(sin, token, 0), cos.shape[1], out)
+    angles = (address(cos, token, 0), address(sin, token, 0))
+    rotate_row(x.dtype.type(0), _FLOAT, address(x, token, column), *angles, cos.shape[1], out)
 
 
 @njit(cache=True)
 def _rotated_back(sums, token, column, tables, out):
     """A row of float32 sums, rotated back, goes to a head of a token."""
     cos, _sin, back = tables
-    target = address(out, token, column)
-    rotate_floats(sums, address(cos, token, 0), address(back, token, 0), cos.shape[1], target)
+    angles = (address(cos, token, 0), address(back, token, 0))
+    rotate_row(_FLOAT, out.dtype.type(0), sums, *angles, cos.shape[1], address(out, token, column))
 
 
 @njit(cache=True)
-def _columns(qkv, width, head, heads):
-    """How many query heads share one of `heads` key heads, and the columns where that one's keys and values begin."""
-    group = qkv.shape[1] // width // heads - 2
-    key = (group * heads + head) * width
-    return group, key, key + heads * width
+def _gather(path, pack, x, column, tables, rotate, size, room, row, by_key, by_feature):
+    """One head of a path's tokens, zeros after them, in panels: [size / 16, D, 16] and [D / 16, size, 16], if wanted.
 
-
-@njit(cache=True)
-def _gather(path, pack, key, value, qkv, tables, keys, values, size):
-    """Rotated keys and values of a path's tokens, of two columns, zeros after them: bfloat16 [size, D] at addresses."""
-    starts, lengths, bytes_ = pack[0], pack[1], 2 * tables[0].shape[1]
-    n = 0
+    `row`, `by_key` and `by_feature` are places in the room; negative ones are not wanted.
+    """
+    (starts, lengths), base, width, n = pack[:2], room.ctypes.data, tables[0].shape[1], 0
+    for to in (by_key, by_feature):
+        if to >= 0:
+            clear(base + 4 * to, 4 * size * width)
     for s in path:
         for token in range(starts[s], starts[s] + lengths[s]):
-            _rotated(qkv, token, key, tables, keys + bytes_ * n)
-            copy(address(qkv, token, value), bytes_, values + bytes_ * n)
-            n += 1
-    clear(keys + bytes_ * n, bytes_ * (size - n))
-    clear(values + bytes_ * n, bytes_ * (size - n))
-
-
-@njit(cache=True)
-def _lay_all(source, rows, width, transposed, out):
-    """Lay out bfloat16 [rows, width], where the width is summed (`transposed`: 32 rows a panel) or the rows are."""
-    k, panels = (width, rows // 32) if transposed else (rows, width // 32)
-    for j in range(panels):
-        lay(source, 2 * width, transposed, j, k, out + 64 * k * j)
-
-
-@njit(cache=True)
-def _scores(rows, width, laid, panels, sums, across):
-    """32 rows [32, D] times `panels` panels of 32 keys: float32 sums, `across` bytes from row to row."""
-    for j in range(panels):
-        panel(rows, 2 * width, laid + 64 * width * j, width // 32, sums + 128 * j, across)
-
-
-@njit(cache=True)
-def _mix(weights, stride, laid, steps, depth, width, sums):
-    """32 rows of weights, 32 * `steps` long, times values laid out by rows of `depth`: float32 [32, D]."""
-    for d in range(width // 32):
-        panel(weights, stride, laid + 64 * depth * d, steps, sums + 128 * d, 4 * width)
-
-
-@njit(cache=True)
-def _round(source, length, out):
-    """So many numbers at an address become bfloat16 at another."""
-    for j in range(length // 32):
-        round_row(source + 128 * j, out + 64 * j)
-
-
-@njit(cache=True)
-def _attend(segment, head, heads, qkv, tables, pack, scale, window, at, out, found):
-    """The outputs of one segment and the query heads of one key head."""
-    path, tokens = _path(segment, pack)
-    width, size = tables[0].shape[1], _up(tokens)
-    group, key, value = _columns(qkv, width, head, heads)
-    start, own = pack[0][segment], pack[1][segment]
-    step = 2 * size * width
-    keys, values, laid_keys, laid_values = at, at + step, at + 2 * step, at + 3 * step
-    queries = at + 4 * step
-    scores = queries + 64 * width
-    weights = scores + 128 * size
-    sums = weights + 64 * size
-    _gather(path, pack, key, value, qkv, tables, keys, values, size)
-    _lay_all(keys, size, width, True, laid_keys)
-    _lay_all(values, size, width, False, laid_values)
-    for h in range(head * group, (head + 1) * group):
-        for i in range(0, own, 32):
-            rows, first = min(32, own - i), tokens - own + i
-            seen = min(size, _up(first + 32))
-            for r in range(rows):
-                _rotated(qkv, start + i + r, h * width, tables, queries + 2 * width * r)
-            clear(queries + 2 * width * rows, 2 * width * (32 - rows))
-            _scores(queries, width, laid_keys, seen // 32, scores, 4 * size)
-            for r in range(rows):
-                row, words, place = scores + 4 * size * r, weights + 2 * size * r, address(found[h], start + i + r, 0)
-                softmax_row(row, seen, max(0, first + r + 1 - window), first + r, scale, words, place)
-            _mix(weights, 2 * size, laid_values, seen // 32, size, width, sums)
-            for r in range(rows):
-                token = start + i + r
-                scaled_row(sums + 4 * width * r, width, found[h, token, 1], address(out, token, h * width))
-
-
-@njit(parallel=True, cache=True)
-def _forward(qkv, heads, tables, pack, tasks, scale, window, rooms, settings, out, found):
-    threads = rooms.shape[0]
-    for thread in prange(threads):
-        configure(settings)
-        for task in range(thread, len(tasks), threads):
-            room = rooms[thread].ctypes.data
-            _attend(tasks[task, 0], tasks[task, 1], heads, qkv, tables, pack, scale, window, room, out, found)
-        release()
-
-
-@njit(cache=True)
-def _put_transposed(source, across, spare, out, stride):
-    """32 x 32 float32 numbers at an address, rows and columns exchanged, become bfloat16 at another."""
-    for a in range(2):
-        for b in range(2):
-            turn(source + 16 * a * across + 64 * b, across, spare + 1024 * (2 * a + b))
-    for b in range(2):  # a quarter is 16 columns of the block (b) by 16 of its rows (a)
-        for r in range(16):
-            quarter = spare + 1024 * b + 64 * r
-            round_pair(quarter, quarter + 2048, out + stride * (16 * b + r))
-
-
-@njit(cache=True)
-def _attend_backward(
-    segment, head, heads, qkv, found, dy, tables, pack, spills, scale, window, at, d_qkv, dk_spilled, dv_spilled
-):
-    """The gradients of one segment's queries, and its share in those of the keys and values of its path."""
-    path, tokens = _path(segment, pack)
-    width, size = tables[0].shape[1], _up(tokens)
-    group, key_at, value_at = _columns(qkv, width, head, heads)
-    start, own = pack[0][segment], pack[1][segment]
-    many = group * _up(own)  # the queries of all heads of this key head, one head after the other
-    step, tall = 2 * size * width, 2 * many * width
-    keys, values, turned_keys, turned_values, laid_keys = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step
-    at += 5 * step
-    queries, given, laid_queries, laid_given = at, at + tall, at + 2 * tall, at + 3 * tall
-    at += 4 * tall
-    p_turned, d_turned = at, at + 2 * size * many  # weights and gradients of scores, bfloat16 [size, many]
-    at += 4 * size * many
-    p, d, d_words = at, at + 128 * size, at + 256 * size
-    at += 320 * size
-    sums, other, spare = at, at + 128 * width, at + 256 * width
-    _gather(path, pack, key_at, value_at, qkv, tables, keys, values, size)
-    _lay_all(keys, size, width, True, turned_keys)
-    _lay_all(values, size, width, True, turned_values)
-    _lay_all(keys, size, width, False, laid_keys)
-    for h in range(group):
-        column = (head * group + h) * width
-        for i in range(0, own, 32):
-            rows, first, base = min(32, own - i), tokens - own + i, h * _up(own) + i
-            seen = min(size, _up(first + 32))
-            q_rows, dy_rows = queries + 2 * width * base, given + 2 * width * base
-            for r in range(rows):
-                _rotated(qkv, start + i + r, column, tables, q_rows + 2 * width * r)
-                copy(address(dy, start + i + r, column), 2 * width, dy_rows + 2 * width * r)
-            clear(q_rows + 2 * width * rows, 2 * width * (32 - rows))
-            clear(dy_rows + 2 * width * rows, 2 * width * (32 - rows))
-            _scores(q_rows, width, turned_keys, seen // 32, p, 4 * size)
-            _scores(dy_rows, width, turned_values, seen // 32, d, 4 * size)
-            for r in range(rows):
-                p_row, d_row = p + 4 * size * r, d + 4 * size * r
-                largest, inverse = found[head * group + h, start + i + r]
-                low = max(0, first + r + 1 - window)
-                words = d_words + 2 * size * r
-                softmax_backward_row(p_row, d_row, seen, low, first + r, scale, largest, inverse, words)
-            clear(p + 4 * size * rows, 4 * size * (32 - rows))
-            clear(d + 4 * size * rows, 4 * size * (32 - rows))
-            _mix(d_words, 2 * size, laid_keys, seen // 32, size, width, sums)
-            for r in range(rows):
-                _rotated_back(sums + 4 * width * r, start + i + r, column, tables, d_qkv)
-            for j in range(0, seen, 32):
-                _put_transposed(p + 4 * j, 4 * size, spare, p_turned + 2 * (j * many + base), 2 * many)
-                _put_transposed(d + 4 * j, 4 * size, spare, d_turned + 2 * (j * many + base), 2 * many)
-            for j in range(seen, size):
-                clear(p_turned + 2 * (j * many + base), 64)
-                clear(d_turned + 2 * (j * many + base), 64)
-    _lay_all(queries, many, width, False, laid_queries)
-    _lay_all(given, many, width, False, laid_given)
-    (shared, spill_at), n, column = spills, 0, head * width
-    spilled = spill_at[segment]
-    for s in path:
-        for token in range(pack[0][s], pack[0][s] + pack[1][s]):
-            if n % 32 == 0:
-                _mix(d_turned + 2 * many * n, 2 * many, laid_queries, many // 32, many, width, sums)
-                _mix(p_turned + 2 * many * n, 2 * many, laid_given, many // 32, many, width, other)
-            key, value = sums + 4 * width * (n % 32), other + 4 * width * (n % 32)
-            if shared[s]:
-                copy(key, 4 * width, address(dk_spilled, spilled, column))
-                copy(value, 4 * width, address(dv_spilled, spilled, column))
-                spilled += 1
+            if rotate:
+                _rotated(x, token, column, tables, base + 4 * row)
             else:
-                _rotated_back(key, token, key_at, tables, d_qkv)
-                _round(value, width, address(d_qkv, token, value_at))
+                widen_row(x.dtype.type(0), address(x, token, column), width, base + 4 * row)
+            if by_key >= 0:
+                to = by_key + n // 16 * 16 * width + n % 16
+                for d in range(width):
+                    room[to + 16 * d] = room[row + d]
+            if by_feature >= 0:
+                for d in range(0, width, 16):
+                    widen_row(_FLOAT, base + 4 * (row + d), 16, base + 4 * (by_feature + d * size + 16 * n))
             n += 1
 
 
+@njit(cache=True)
+def _mix(weights, stride, first, last, m, panels, size, width, sums):
+    """m rows of weights, which begin at key `first`, times what belongs to the keys up to `last`: float32 [m, D]."""
+    for k in range(first, last, _DEPTH):
+        many = min(_DEPTH, last - k)
+        begin = weights + 4 * (k - first)
+        product(begin, stride, 4, m, panels + 64 * k, 64, 64 * size, width, many, sums, 4 * width, k > first)
+
+
+@njit(cache=True)
+def _attend(segment, h, heads, qkv, tables, pack, scale, window, room, out, found):
+    """The outputs of one segment and one query head."""
+    path, tokens = path_of(segment, pack)
+    width, size = tables[0].shape[1], _up(tokens, 48)
+    group = columns(qkv, width, 0, heads)[0]
+    _, key, value = columns(qkv, width, h // group, heads)
+    start, own, step = pack[0][segment], pack[1][segment], size * width
+    stride, base = 4 * size + 64, room.ctypes.data  # rows of scores do not begin in the same line of the cache
+    _gather(path, pack, qkv, key, tables, True, size, room, 2 * step, 0, -1)
+    _gather(path, pack, qkv, value, tables, False, size, room, 2 * step, -1, step)
+    keys, values, queries = base, base + 4 * step, base + 8 * step
+    sums = queries + 4 * _QUERIES * width
+    scores = sums + 4 * _QUERIES * width
+    for i in range(0, own, _QUERIES):
+        rows, first = min(_QUERIES, own - i), tokens - own + i
+        m, low, seen = _up(rows, ROWS), max(0, first + 1 - window) // 48 * 48, _up(first + rows, 16)
+        for r in range(rows):
+            _rotated(qkv, start + i + r, h * width, tables, queries + 4 * width * r)
+        clear(queries + 4 * width * rows, 4 * width * (m - rows))
+        begin = keys + 4 * low * width
+        product(queries, 4 * width, 4, m, begin, 64, 64 * width, seen - low, width, scores, stride, False)
+        for r in range(rows):
+            here, at = first + r, scores + stride * r
+            place = found.ctypes.data + 8 * (h * found.shape[1] + start + i + r)
+            softmax_row(_FLOAT, at, seen - low, max(0, here + 1 - window) - low, here - low, scale, at, place)
+        _mix(scores, stride, low, seen, m, values, size, width, sums)
+        for r in range(rows):
+            token = start + i + r
+            place = address(out, token, h * width)
+            scaled_row(out.dtype.type(0), sums + 4 * width * r, width, found[h, token, 1], place)
+
+
 @njit(parallel=True, cache=True)
-def _backward(
-    qkv, found, heads, dy, tables, pack, tasks, spills, scale, window, rooms, settings, d_qkv, dk_spilled, dv_spilled
-):
+def _forward(qkv, heads, group, tables, pack, tasks, scale, window, rooms, out, found):
     threads = rooms.shape[0]
     for thread in prange(threads):
-        configure(settings)
-        for task in range(thread, len(tasks), threads):
-            given = (tables, pack, spills, scale, window, rooms[thread].ctypes.data)
-            results = (d_qkv, dk_spilled, dv_spilled)
-            _attend_backward(tasks[task, 0], tasks[task, 1], heads, qkv, found, dy, *given, *results)
-        release()
+        for n in range(thread, len(tasks) * group, threads):
+            segment, head = tasks[n // group]
+            h = head * group + n % group
+            _attend(segment, h, heads, qkv, tables, pack, scale, window, rooms[thread], out, found)
 
 
-class Layout:
-    """The segments of a pack as the kernels read them.
+@njit(cache=True)
+def _attend_backward(segment, h, heads, qkv, found, dy, tables, pack, scale, window, room, d_qkv, place, dk, dv):
+    """The gradients of one segment and query head: of queries, and its shares in others from a place of dk, dv."""
+    path, tokens = path_of(segment, pack)
+    width, size = tables[0].shape[1], _up(tokens, 48)
+    group = columns(qkv, width, 0, heads)[0]
+    _, key, value = columns(qkv, width, h // group, heads)
+    start, own, step = pack[0][segment], pack[1][segment], size * width
+    stride, base = 4 * size + 64, room.ctypes.data
+    _gather(path, pack, qkv, key, tables, True, size, room, 3 * step, 0, step)
+    _gather(path, pack, qkv, value, tables, False, size, room, 3 * step, 2 * step, -1)
+    keys, keys_along, values, queries = base, base + 4 * step, base + 8 * step, base + 12 * step
+    given = queries + 4 * _QUERIES * width
+    sums = given + 4 * _QUERIES * width
+    p = sums + 4 * _QUERIES * width
+    d = p + _QUERIES * stride
+    d_keys, d_values = address(dk[h], place, 0), address(dv[h], place, 0)
+    clear(d_keys, 4 * step)
+    clear(d_values, 4 * step)
+    for i in range(0, own, _QUERIES):
+        rows, first = min(_QUERIES, own - i), tokens - own + i
+        m, low, seen = _up(rows, ROWS), max(0, first + 1 - window) // 48 * 48, _up(first + rows, 16)
+        many, seen_keys = seen - low, _up(seen - low, ROWS)
+        for r in range(rows):
+            _rotated(qkv, start + i + r, h * width, tables, queries + 4 * width * r)
+            given_row = address(dy, start + i + r, h * width)
+            widen_row(dy.dtype.type(0), given_row, width, given + 4 * width * r)
+        clear(queries + 4 * width * rows, 4 * width * (m - rows))
+        clear(given + 4 * width * rows, 4 * width * (m - rows))
+        product(queries, 4 * width, 4, m, keys + 4 * low * width, 64, 64 * width, many, width, p, stride, False)
+        product(given, 4 * width, 4, m, values + 4 * low * width, 64, 64 * width, many, width, d, stride, False)
+        for r in range(rows):
+            largest, inverse = found[h, start + i + r]
+            here, p_row, d_row = first + r, p + stride * r, d + stride * r
+            least = max(0, here + 1 - window) - low
+            softmax_backward_row(_FLOAT, p_row, d_row, many, least, here - low, scale, largest, inverse, d_row)
+            clear(p_row + 4 * many, 64)  # as far as sixes of keys reach
+            clear(d_row + 4 * many, 64)
+        clear(p + stride * rows, stride * (m - rows))
+        clear(d + stride * rows, stride * (m - rows))
+        _mix(d, stride, low, seen, m, keys_along, size, width, sums)
+        for r in range(rows):
+            _rotated_back(sums + 4 * width * r, start + i + r, h * width, tables, d_qkv)
+        at = 4 * low * width
+        product(d, 4, stride, seen_keys, queries, 4 * width, 64, width, m, d_keys + at, 4 * width, True)
+        product(p, 4, stride, seen_keys, given, 4 * width, 64, width, m, d_values + at, 4 * width, True)
 
-    Args:
-        segments: lengths of the segments.
-        paths: for each segment its ancestors, the oldest first, and itself.
-        key_heads: K.
+
+@njit(parallel=True, cache=True)
+def _backward(qkv, found, heads, group, dy, tables, pack, tasks, scale, window, rooms, d_qkv, shares_at, dk, dv):
+    threads = rooms.shape[0]
+    for thread in prange(threads):
+        for n in range(thread, len(tasks) * group, threads):
+            segment, head = tasks[n // group]
+            h = head * group + n % group
+            given = (tables, pack, scale, window, rooms[thread], d_qkv, shares_at[segment], dk, dv)
+            _attend_backward(segment, h, heads, qkv, found, dy, *given)
+
+
+@njit(parallel=True, cache=True)
+def _collect(segment_of, use_at, uses, starts, group, tables, dk, dv, d_qkv):
+    """The gradient of each key and value: the sum over the segments that see it, and the query heads that share it."""
+    heads, width = dk.shape[0] // group, tables[0].shape[1]
+    kind = d_qkv.dtype.type(0)
+    for token in prange(len(segment_of)):
+        s = segment_of[token]
+        for head in range(heads):
+            _, key, value = columns(d_qkv, width, head, heads)
+            keys, values = np.intp(0), np.intp(0)
+            for use in uses[use_at[s] : use_at[s + 1]]:
+                for h in range(head * group, (head + 1) * group):
+                    more = 4 * width * (h * dk.shape[1] + use + token - starts[s])
+                    if keys == 0:
+                        keys, values = dk.ctypes.data + more, dv.ctypes.data + more
+                    else:
+                        add_row(dk.ctypes.data + more, width, keys)
+                        add_row(dv.ctypes.data + more, width, values)
+            _rotated_back(keys, token, key, tables, d_qkv)
+            scaled_row(kind, values, width, np.float32(1), address(d_qkv, token, value))
+
+
+@functools.lru_cache(maxsize=4)
+def _shares(layout: Layout) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray], int]:
+    """Where the keys of each path have their place among all shares of gradients.
+
+    Returns:
+        The first place of each path; the segment of each token, and for each segment where in a list its first places
+        begin, and that list; how many places there are.
     """
-
-    def __init__(self, segments: list[int], paths: list[list[int]], key_heads: int):
-        lengths = np.array(segments, np.int64)
-        starts = np.cumsum(lengths) - lengths
-        path_at = np.cumsum([0, *map(len, paths)])
-        self.key_heads = key_heads
-        self.pack = (starts, lengths, path_at, np.array([i for path in paths for i in path], np.int64))
-        seen = [sum(segments[i] for i in path) for path in paths]
-        largest_first = sorted(range(len(paths)), key=lambda i: -segments[i] * seen[i])
-        self.tasks = np.array([(i, head) for i in largest_first for head in range(key_heads)], np.int64)
-        self.longest_path, self.longest = (-(-max(counts) // 32) * 32 for counts in (seen, segments))
-        # keys and values of ancestors get gradients from several segments: all shares are listed, to be summed
-        shared, spill_at, tokens = np.zeros(len(paths), np.int64), np.zeros(len(paths), np.int64), []
-        shared[[i for path in paths for i in path[:-1]]] = 1
-        for i, path in enumerate(paths):
-            spill_at[i] = len(tokens)
-            tokens += [t for s in path if shared[s] for t in range(starts[s], starts[s] + segments[s])]
-        self.spills = (shared, spill_at)
-        self.spilled = len(tokens)
-        self.shared_tokens, self.share_of = torch.tensor(tokens, dtype=torch.int64).unique(return_inverse=True)
+    starts, lengths = layout.pack[:2]
+    sizes = -(-np.array(layout.seen) // 48) * 48
+    first, uses = np.cumsum(sizes) - sizes, [[] for _ in layout.paths]
+    for place, path in zip(first, layout.paths, strict=True):
+        for s in path:
+            uses[s].append(place)
+            place += lengths[s]
+    use_at = np.cumsum([0, *map(len, uses)])
+    segment_of = np.repeat(np.arange(len(starts)), lengths)
+    return first, (segment_of, use_at, np.concatenate(uses)), int(sizes.sum())
 
 
-def most_tokens(group: int) -> int:
-    """The longest row, where so many query heads share a key head: a thread keeps 4 bytes for each of their weights."""
-    return int((_MOST_BYTES / (4 * group)) ** 0.5) // 32 * 32
-
-
-def usable(q: Tensor, width: int) -> bool:
-    """Whether the kernels cover these projections and heads."""
-    return block.usable(q) and q.dtype == torch.bfloat16 and width % 32 == 0 and supported()
-
-
-class _Tables(threading.local):
-    """The tables of the last angles: all layers of a pack ask for the same."""
-
-    angles: tuple[Tensor, ...] = ()
-    made: tuple[np.ndarray, ...] = ()
-
-
-_tables_kept = _Tables()
-
-
-def _identity(x: Tensor) -> tuple[object, ...]:
-    """What tells a tensor that is alive from others, and from itself before it was changed."""
-    return x.data_ptr(), x.shape, x.stride(), 0 if x.is_inference() else x._version
-
-
-def _tables(cos: Tensor, sin: Tensor) -> tuple[np.ndarray, ...]:
-    """What a rotation multiplies with, and its transpose."""
-    kept = _tables_kept
-    if [_identity(x) for x in kept.angles] != [_identity(cos), _identity(sin)]:
-        wide, turned = sin.float().contiguous(), -sin.float().roll(sin.shape[1] // 2, dims=-1)
-        kept.angles = (cos, sin)  # held, so that no other tensor can lie in their place
-        kept.made = (cos.float().contiguous().numpy(), wide.numpy(), turned.numpy())
-    return kept.made
+def usable(dtype: torch.dtype, width: int) -> bool:
+    """Whether the kernels cover projections of a type and heads of a width."""
+    return block.computes(dtype) and width % 32 == 0
 
 
 def forward(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int) -> tuple[Tensor, Tensor]:
     """Attention of queries, keys and values side by side [T, (H + 2 K) D] -> [T, H * D]; cos and sin [T, D].
 
+    Args:
+        window: how many tokens back a token sees, itself included.
+
     Returns:
         That, and what `backward` wants to know of the scores: [H, T, 2], the largest and the inverse of their sum.
     """
-    assert supported()  # which also asks the system for the tiles
-    size, width, heads = layout.longest_path, cos.shape[1], layout.key_heads
+    width, heads = cos.shape[1], layout.key_heads
     out = empty(len(qkv), qkv.shape[1] - 2 * heads * width, dtype=qkv.dtype)
-    found = torch.empty(out.shape[1] // width, len(qkv), 2, dtype=torch.float32)
-    rooms = workspace(2 * size * width + 48 * (size + width))
-    given = (raw(qkv), heads, _tables(cos, sin), layout.pack, layout.tasks, np.float32(scale), window)
-    on_torch_threads(_forward, *given, rooms, SETTINGS.ctypes.data, raw(out), found.numpy())
+    many = out.shape[1] // width
+    found = torch.empty(many, len(qkv), 2, dtype=torch.float32)
+    size = _up(layout.longest_path, 48)
+    rooms = workspace(2 * size * width + _QUERIES * (2 * width + size + 16))
+    given = (raw(qkv), heads, many // heads, rotation_tables(cos, sin), layout.pack, layout.tasks)
+    on_torch_threads(_forward, *given, np.float32(scale), window, rooms, raw(out), found.numpy())
     return out, found
 
 
@@ -354,20 +258,13 @@ def backward(
     qkv: Tensor, found: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float, window: int, dy: Tensor
 ) -> Tensor:
     """The gradient of `forward` with respect to queries, keys and values for dy [T, H * D]."""
-    assert supported()
-    d_qkv, heads = empty(*qkv.shape, dtype=qkv.dtype), layout.key_heads
-    size, width = layout.longest_path, cos.shape[1]
-    keys_wide = heads * width
-    many = dy.shape[1] // keys_wide * layout.longest
-    rooms = workspace(5 * size * width // 2 + 2 * many * width + size * many + 80 * size + 64 * width + 1024)
-    spilled = [torch.empty(layout.spilled, keys_wide, dtype=torch.float32) for _ in range(2)]
-    given = (raw(qkv), found.numpy(), heads, raw(dy), _tables(cos, sin), layout.pack, layout.tasks, layout.spills)
-    results = (raw(d_qkv), *(x.numpy() for x in spilled))
-    on_torch_threads(_backward, *given, np.float32(scale), window, rooms, SETTINGS.ctypes.data, *results)
-    if len(tokens := layout.shared_tokens):
-        keys, values = (torch.zeros(len(tokens), keys_wide).index_add_(0, layout.share_of, x) for x in spilled)
-        by_head, c, s = keys.view(len(keys), -1, width), cos[tokens, None].float(), sin[tokens, None].float()
-        low, high = (by_head * s).chunk(2, -1)
-        keys = (by_head * c + torch.cat([high, -low], -1)).flatten(1)
-        d_qkv[tokens, dy.shape[1] :] = torch.cat([keys, values], 1).to(d_qkv.dtype)
+    width, heads, many = cos.shape[1], layout.key_heads, len(found)
+    d_qkv, size = empty(*qkv.shape, dtype=qkv.dtype), _up(layout.longest_path, 48)
+    rooms = workspace(3 * size * width + _QUERIES * (3 * width + 2 * size + 32))
+    first, used, places = _shares(layout)
+    shares = [empty(many, places, width).numpy() for _ in range(2)]
+    tables, results = rotation_tables(cos, sin), raw(d_qkv)
+    given = (raw(qkv), found.numpy(), heads, many // heads, raw(dy), tables, layout.pack, layout.tasks)
+    on_torch_threads(_backward, *given, np.float32(scale), window, rooms, results, first, *shares)
+    on_torch_threads(_collect, *used, layout.pack[0], many // heads, tables, *shares, results)
     return d_qkv

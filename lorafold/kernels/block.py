@@ -28,15 +28,18 @@ from lorafold.kernels.rows import (
     swiglu_row,
 )
 
-SAFE = {"reassoc", "contract"}  # sums in any order; infinities and NaN stay what they are
-LOG2E = np.float32(1.4426950408889634)
 _FEWEST_ROWS = 16  # of float32: for a token at a time torch is faster
 _KINDS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
 
 
+def computes(dtype: torch.dtype) -> bool:
+    """Whether there is a compiler, and kernels for numbers of this type."""
+    return dtype in _KINDS and not config.DISABLE_JIT  # type: ignore[attr-defined]
+
+
 def usable(x: Tensor) -> bool:
     """Whether the kernels cover this tensor."""
-    if config.DISABLE_JIT or x.device.type != "cpu" or x.dtype not in _KINDS or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+    if x.device.type != "cpu" or not computes(x.dtype) or torch.compiler.is_compiling():
         return False
     width = x.shape[-1] if x.dim() else 1
     return width % 16 == 0 and (x.dtype == torch.bfloat16 or x.numel() >= _FEWEST_ROWS * width)
@@ -57,30 +60,12 @@ def _whole(x: Tensor) -> np.ndarray:
     return _rows(x)
 
 
-def widen(source: np.ndarray, w: np.ndarray) -> None:
-    """w = source in float32; for compiled code, as are the next two."""
-
-
 def widened(number: Any) -> Any:
-    """One number in float32."""
+    """One number in float32; for compiled code, as is the next."""
 
 
 def narrow(w: np.ndarray, out: np.ndarray) -> None:
     """out = w, rounded to bfloat16 where it holds words."""
-
-
-@extending.overload(widen)
-def _widen(source, w):  # noqa: ARG001 (numba's protocol)
-    def words(source, w):
-        bits = w.view(np.uint32)
-        for j in range(len(source)):
-            bits[j] = np.uint32(source[j]) << np.uint32(16)
-
-    def floats(source, w):
-        for j in range(len(source)):
-            w[j] = source[j]
-
-    return words if source.dtype == types.uint16 else floats
 
 
 @extending.overload(widened)
@@ -101,29 +86,6 @@ def _narrow(w, out):  # noqa: ARG001 (numba's protocol)
             out[j] = w[j]
 
     return words if out.dtype == types.uint16 else floats
-
-
-@njit(inline="always")
-def _wide(source):
-    w = np.empty(len(source), np.float32)
-    widen(source, w)
-    return w
-
-
-@njit(inline="always")
-def exp2(x):
-    """2^x, and 2^-126 for all that is smaller; relative error below 3e-7; x below 127; NaN stays NaN."""
-    x = np.float32(-126) if x < np.float32(-126) else x
-    whole = np.floor(x + np.float32(0.5))
-    f = x - whole  # in [-1/2, 1/2): the Taylor series of exp(f ln 2)
-    p = np.float32(1.5403530e-4)
-    p = p * f + np.float32(1.3333558e-3)
-    p = p * f + np.float32(9.6181291e-3)
-    p = p * f + np.float32(5.5504109e-2)
-    p = p * f + np.float32(2.4022651e-1)
-    p = p * f + np.float32(6.9314718e-1)
-    p = p * f + np.float32(1)
-    return p * np.int32((np.int32(whole) + 127) << 23).view(np.float32)
 
 
 @njit(parallel=True, cache=True)
@@ -243,97 +205,3 @@ def pool(x: Tensor, group: int) -> Tensor:
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // group)
     on_torch_threads(_pool, _whole(x), group, _rows(out))
     return out
-
-
-@njit(parallel=True, cache=True)
-def _rotate(source, cos, sin, starts, lengths, out, back):
-    tokens, half = cos.shape[0], cos.shape[1] // 2
-    heads = source.shape[0] // tokens
-    for t in prange(tokens):
-        row = np.searchsorted(starts, t, side="right") - 1
-        c, s = _wide(cos[t]), _wide(sin[t])
-        a, b = np.empty(2 * half, np.float32), np.empty(2 * half, np.float32)
-        for h in range(heads):
-            by_token, by_head = t * heads + h, starts[row] * heads + h * lengths[row] + t - starts[row]
-            widen(source[by_head if back else by_token], a)
-            for j in range(half):
-                b[j] = a[j] * c[j] - a[j + half] * s[j]
-                b[j + half] = a[j + half] * c[j + half] + a[j] * s[j + half]
-            narrow(b, out[by_token if back else by_head])
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, segments: list[int]) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x [T, H * D] with cos and sin [T, D].
-
-    Returns:
-        [T * H, D], ordered by row of the pack, then head, then token: what the matrix products of attention read.
-    """
-    out = torch.empty(x.numel() // cos.shape[-1], cos.shape[-1], dtype=x.dtype)
-    source = raw(x).reshape(out.shape)
-    on_torch_threads(_rotate, source, raw(cos), raw(sin), *_bounds(segments), raw(out), False)
-    return out
-
-
-def rotate_back(dy: Tensor, cos: Tensor, sin: Tensor, segments: list[int]) -> Tensor:
-    """The gradient of `rotate` with respect to x, [T, H * D], for dy [T * H, D]: the rotation's transpose."""
-    dx = torch.empty(dy.shape, dtype=dy.dtype)
-    transposed = -sin.roll(sin.shape[-1] // 2, dims=-1)
-    on_torch_threads(_rotate, raw(dy), raw(cos), raw(transposed), *_bounds(segments), raw(dx), True)
-    return dx.view(len(cos), -1)
-
-
-def _bounds(segments: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array(segments, np.int64)
-    return np.cumsum(lengths) - lengths, lengths
-
-
-@njit(parallel=True, cache=True, fastmath=SAFE)
-def _causal_softmax(scores, tokens, scale, window):
-    for i in prange(scores.shape[0]):
-        t = scores.shape[1] - tokens + i % tokens
-        first = max(0, t + 1 - window)
-        w = _wide(scores[i, first : t + 1])
-        largest = w[0]
-        for j in range(len(w)):
-            largest = w[j] if w[j] > largest else largest
-        total, factor = np.float32(0), scale * LOG2E
-        for j in range(len(w)):
-            w[j] = exp2((w[j] - largest) * factor)
-            total += w[j]
-        for j in range(len(w)):
-            w[j] /= total
-        scores[i, :first] = 0
-        narrow(w, scores[i, first : t + 1])
-        scores[i, t + 1 :] = 0
-
-
-@njit(parallel=True, cache=True, fastmath=SAFE)
-def _causal_softmax_backward(weights, tokens, scale, window, d):
-    for i in prange(d.shape[0]):
-        t = d.shape[1] - tokens + i % tokens
-        first = max(0, t + 1 - window)
-        p, g = _wide(weights[i, first : t + 1]), _wide(d[i, first : t + 1])
-        dot = np.float32(0)
-        for j in range(len(p)):
-            dot += p[j] * g[j]
-        for j in range(len(p)):
-            g[j] = p[j] * (g[j] - dot) * scale
-        d[i, :first] = 0
-        narrow(g, d[i, first : t + 1])
-        d[i, t + 1 :] = 0
-
-
-def causal_softmax_(scores: Tensor, tokens: int, scale: float, window: int) -> None:
-    """Turn scores into attention weights in place: softmax(scale * score) of the last `window` tokens.
-
-    Args:
-        scores: [..., tokens, M], of the last `tokens` of M tokens.
-    """
-    assert scores.is_contiguous()
-    on_torch_threads(_causal_softmax, _rows(scores), tokens, np.float32(scale), window)
-
-
-def causal_softmax_backward_(weights: Tensor, tokens: int, scale: float, window: int, d: Tensor) -> None:
-    """Turn the gradient of the attention weights [..., tokens, M] into that of the scores, in place in `d`."""
-    assert d.is_contiguous()
-    on_torch_threads(_causal_softmax_backward, _rows(weights), tokens, np.float32(scale), window, _rows(d))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,22 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     held = np.empty(count * dtype.itemsize + 64, np.uint8)
     at = -held.ctypes.data % 64
     return torch.frombuffer(held, dtype=dtype, count=count, offset=at).resize_(shape)  # no view, which autograd guards
+
+
+class _Kept(threading.local):
+    rooms = torch.empty(0)
+
+
+_kept = _Kept()
+
+
+def workspace(floats: int) -> np.ndarray:
+    """Memory for the threads of a kernel, reused by the next: float32 [threads, `floats` or more], aligned."""
+    threads, floats = torch.get_num_threads(), -(-floats // 16) * 16
+    if len(_kept.rooms) != threads or _kept.rooms.shape[1] < floats:
+        _kept.rooms = torch.empty(threads, floats, dtype=torch.float32)
+    assert _kept.rooms.data_ptr() % 64 == 0
+    return _kept.rooms.numpy()
 
 
 @njit(inline="always")

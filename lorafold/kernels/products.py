@@ -18,7 +18,7 @@ from numba import njit, prange
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafold.kernels.compiled import empty, on_torch_threads
+from lorafold.kernels.compiled import empty, on_torch_threads, workspace
 from lorafold.kernels.tiles import (
     SETTINGS,
     add_half_panel,
@@ -28,7 +28,6 @@ from lorafold.kernels.tiles import (
     release,
     round_row,
     supported,
-    workspace,
 )
 
 _FEWEST_ROWS = 64

@@ -23,11 +23,9 @@ from lorafold.kernels.lanes import (
     everywhere,
     intrinsic,
     load,
-    load_words,
     numbers_of,
     place,
     store,
-    store_words,
     vectors,
 )
 
@@ -51,15 +49,17 @@ def _put(builder: Any, lanes: Lanes, target: Any) -> None:
 
 
 @intrinsic
-def softmax_row(typing_context, row, length, first, last, scale, out, found):  # noqa: ARG001 (numba's protocol)
-    """exp(scale * (score - largest)) over the places from `first` to `last`, as words at `out`; 0 elsewhere.
+def softmax_row(typing_context, kind, row, length, first, last, scale, out, found):  # noqa: ARG001 (numba's protocol)
+    """exp(scale * (score - largest)) of float32 scores from `first` to `last`, at `out`; 0 elsewhere.
 
     Two numbers are found: the largest score, and by what to multiply so that the sum is 1, which is no number if a
     score that is seen is none, or infinite.
     """
 
+    numbers = numbers_of(kind)
+
     def generate(_context, builder, _signature, arguments):
-        row, length, first, last, scale, out, found = arguments
+        _, row, length, first, last, scale, out, found = arguments
         highest, total, undefined = (State(builder, x) for x in (float("-inf"), 0.0, 0.0))
         seen = _seen(builder, first, last)
         with vectors(builder, length) as i:
@@ -71,22 +71,23 @@ def softmax_row(typing_context, row, length, first, last, scale, out, found):  #
         with vectors(builder, length) as i:
             e = ((load(builder, row, i) - largest) * factor).exp2().where(seen(i), 0.0)
             total.set(total.get() + e)
-            store_words(builder, e, out, i)
+            numbers.store(builder, e, out, i)
         _put(builder, largest, found)
         _put(builder, 1.0 / (total.get().sum() + undefined.get().sum()), builder.add(found, LONG(4)))
 
-    return types.void(*[types.intp] * 4, types.float32, *[types.intp] * 2), generate
+    return types.void(kind, *[types.intp] * 4, types.float32, *[types.intp] * 2), generate
 
 
 @intrinsic
-def softmax_backward_row(typing_context, row, d, length, first, last, scale, largest, inverse, words):  # noqa: ARG001
+def softmax_backward_row(typing_context, kind, row, d, length, first, last, scale, largest, inverse, out):  # noqa: ARG001
     """Scores become weights by what was found of them, in place; d, the gradient of these, that of the scores.
 
-    That stands in place and as words.
+    That stands in place, in float32 as all of these, and at `out`.
     """
+    numbers = numbers_of(kind)
 
     def generate(_context, builder, _signature, arguments):
-        row, d, length, first, last, scale, largest, inverse, words = arguments
+        _, row, d, length, first, last, scale, largest, inverse, out = arguments
         dot, seen = State(builder, 0.0), _seen(builder, first, last)
         factor, top, share = (everywhere(builder, x) for x in (scale, largest, inverse))
         with vectors(builder, length) as i:
@@ -97,46 +98,66 @@ def softmax_backward_row(typing_context, row, d, length, first, last, scale, lar
         with vectors(builder, length) as i:
             given = load(builder, row, i) * (load(builder, d, i) - mean) * factor
             store(builder, given, d, i)
-            store_words(builder, given, words, i)
+            numbers.store(builder, given, out, i)
 
-    return types.void(*[types.intp] * 5, *[types.float32] * 3, types.intp), generate
+    return types.void(kind, *[types.intp] * 5, *[types.float32] * 3, types.intp), generate
 
 
 @intrinsic
-def scaled_row(typing_context, row, length, factor, out):  # noqa: ARG001 (numba's protocol)
-    """float32 numbers times one, as words."""
+def widen_row(typing_context, kind, row, length, out):  # noqa: ARG001 (numba's protocol)
+    """Numbers as float32."""
+    numbers = numbers_of(kind)
 
     def generate(_context, builder, _signature, arguments):
-        row, length, factor, out = arguments
+        _, row, length, out = arguments
+        with vectors(builder, length) as i:
+            store(builder, numbers.load(builder, row, i), out, i)
+
+    return types.void(kind, *[types.intp] * 3), generate
+
+
+@intrinsic
+def scaled_row(typing_context, kind, row, length, factor, out):  # noqa: ARG001 (numba's protocol)
+    """float32 numbers times one."""
+    numbers = numbers_of(kind)
+
+    def generate(_context, builder, _signature, arguments):
+        _, row, length, factor, out = arguments
         by = everywhere(builder, factor)
         with vectors(builder, length) as i:
-            store_words(builder, load(builder, row, i) * by, out, i)
+            numbers.store(builder, load(builder, row, i) * by, out, i)
 
-    return types.void(types.intp, types.intp, types.float32, types.intp), generate
-
-
-def _rotation(from_words: bool) -> Any:
-    """rotate(row, cos, sin, width, out): the rotary embedding of a row of bfloat16 or float32 numbers, to bfloat16."""
-
-    @intrinsic
-    def rotate(typing_context, row, cos, sin, width, out):  # noqa: ARG001 (numba's protocol)
-        def generate(_context, builder, _signature, arguments):
-            row, cos, sin, width, out = arguments
-            half = builder.lshr(width, LONG(5))  # in vectors
-            take = load_words if from_words else load
-            with cgutils.for_range(builder, half) as loop:
-                i, j = loop.index, builder.add(loop.index, half)
-                x, y = take(builder, row, i), take(builder, row, j)
-                c, s = ([load(builder, table, at) for at in (i, j)] for table in (cos, sin))
-                store_words(builder, x * c[0] - y * s[0], out, i)
-                store_words(builder, y * c[1] + x * s[1], out, j)
-
-        return types.void(*[types.intp] * 5), generate
-
-    return rotate
+    return types.void(kind, types.intp, types.intp, types.float32, types.intp), generate
 
 
-rotate_words, rotate_floats = _rotation(True), _rotation(False)
+@intrinsic
+def add_row(typing_context, row, length, sums):  # noqa: ARG001 (numba's protocol)
+    """float32 numbers are added to others."""
+
+    def generate(_context, builder, _signature, arguments):
+        row, length, sums = arguments
+        with vectors(builder, length) as i:
+            store(builder, load(builder, sums, i) + load(builder, row, i), sums, i)
+
+    return types.void(*[types.intp] * 3), generate
+
+
+@intrinsic
+def rotate_row(typing_context, kind, rotated, row, cos, sin, width, out):  # noqa: ARG001 (numba's protocol)
+    """The rotary embedding (arXiv 2104.09864) of a row of one kind, as numbers of the other."""
+    given, results = numbers_of(kind), numbers_of(rotated)
+
+    def generate(_context, builder, _signature, arguments):
+        _, _, row, cos, sin, width, out = arguments
+        half = builder.lshr(width, LONG(5))  # in vectors
+        with cgutils.for_range(builder, half) as loop:
+            i, j = loop.index, builder.add(loop.index, half)
+            x, y = given.load(builder, row, i), given.load(builder, row, j)
+            c, s = ([load(builder, table, at) for at in (i, j)] for table in (cos, sin))
+            results.store(builder, x * c[0] - y * s[0], out, i)
+            results.store(builder, y * c[1] + x * s[1], out, j)
+
+    return types.void(kind, rotated, *[types.intp] * 5), generate
 
 
 @intrinsic

@@ -12,11 +12,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-import threading
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 from numba import config, njit, types
@@ -267,19 +265,3 @@ def panel_while_moving(
             round_row(done + 128 * row, target + target_stride * row)
             row += 1
     _end(sums, 128)
-
-
-class _Kept(threading.local):
-    rooms = torch.empty(0)
-
-
-_kept = _Kept()
-
-
-def workspace(floats: int) -> np.ndarray:
-    """Memory for the threads of a kernel, reused by the next: float32 [threads, `floats` or more], aligned."""
-    threads, floats = torch.get_num_threads(), -(-floats // 16) * 16
-    if len(_kept.rooms) != threads or _kept.rooms.shape[1] < floats:
-        _kept.rooms = torch.empty(threads, floats, dtype=torch.float32)
-    assert _kept.rooms.data_ptr() % 64 == 0
-    return _kept.rooms.numpy()

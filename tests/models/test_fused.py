@@ -9,15 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, apply_rotary_pos_emb
-from transformers.models.mistral.modeling_mistral import MistralAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from lorafold.kernels import attention as tiled
-from lorafold.kernels import block, tiles
-from lorafold.models import attention, fused_attention
-from lorafold.models.fused_attention import replace_attention
+from lorafold.kernels import block
 from lorafold.models.gated import replace_gated
 
 SIZES: dict[str, Any] = {
@@ -26,12 +21,6 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "intermediate_size": 160,
 }
-
-
-def _angles(positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    angles = positions[:, None] * 100 ** (-torch.arange(0, width, 2) / width)
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
 
 
 def _error(a: Tensor, exact: Tensor) -> float:
@@ -64,209 +53,6 @@ def test_swiglu_of_extreme_gates(value: float) -> None:
     gate, up = torch.ones(1, 16).bfloat16(), torch.full((1, 16), 2.0).bfloat16()
     gate[0, 3] = value
     torch.testing.assert_close(block.swiglu(gate, up), F.silu(gate) * up, equal_nan=True)
-
-
-@dtypes
-@pytest.mark.parametrize("segments", [[1], [5], [3, 1, 8], [16, 16]])
-@pytest.mark.parametrize("width", [2, 16, 64])
-def test_rotation(segments: list[int], width: int, dtype: torch.dtype) -> None:
-    tokens, heads, wide = sum(segments), 3, dtype == torch.float32
-    x = torch.randn(tokens, heads * width).to(dtype)
-    cos, sin = (a.to(dtype) for a in _angles(torch.cat([torch.arange(n) for n in segments]), width))
-    by_head = x.float().view(1, tokens, heads, width).transpose(1, 2)
-    rotated, _ = apply_rotary_pos_emb(by_head, by_head, cos.float()[None], sin.float()[None])
-    expected = torch.cat([part[0].reshape(-1, width) for part in rotated.split(segments, 2)])
-    ours = block.rotate(x, cos, sin, segments)
-    torch.testing.assert_close(ours.float(), expected, rtol=ROUNDED[dtype], atol=ROUNDED[dtype])
-    # the gradient is the transpose: <rotate x, y> = <x, rotate_back y>
-    y = torch.randn_like(ours)
-    back = block.rotate_back(y, cos, sin, segments)
-    torch.testing.assert_close(
-        (expected * y.float()).sum(), (x.float() * back.float()).sum(), rtol=0.02, atol=1e-3 if wide else 0.5
-    )
-    inverse = block.rotate_back(ours, cos, sin, segments)  # a rotation, so its transpose undoes it
-    torch.testing.assert_close(inverse.float(), x.float(), rtol=0.05, atol=1e-5 if wide else 0.05)
-
-
-@dtypes
-@pytest.mark.parametrize("window", [1, 3, 100])
-@pytest.mark.parametrize("older", [0, 4])
-@pytest.mark.parametrize("tokens", [1, 2, 9])
-def test_causal_softmax(tokens: int, older: int, window: int, dtype: torch.dtype) -> None:
-    scores = (4 * torch.randn(5, tokens, older + tokens)).to(dtype)
-    exact = scores.double().requires_grad_()
-    distance = torch.arange(older, older + tokens)[:, None] - torch.arange(older + tokens)
-    visible = (distance >= 0) & (distance < window)
-    weights = (exact * 0.3).masked_fill(~visible, -torch.inf).softmax(-1)
-    ours = scores.clone()
-    block.causal_softmax_(ours, tokens, 0.3, window)
-    torch.testing.assert_close(ours.double(), weights.detach(), rtol=ROUNDED[dtype], atol=1e-6)
-    assert not ours[:, ~visible].any()
-    dy = torch.randn(5, tokens, older + tokens).to(dtype)
-    weights.backward(dy.double())
-    d = dy.clone()
-    block.causal_softmax_backward_(weights.detach().to(dtype), tokens, 0.3, window, d)
-    assert exact.grad is not None
-    torch.testing.assert_close(d.double(), exact.grad, rtol=2 * ROUNDED[dtype], atol=ROUNDED[dtype])
-    assert not d[:, ~visible].any()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", [0, 2])
-def test_undefined_scores_are_seen(value: float, place: int) -> None:
-    """Rows that see such a score are not numbers, as in torch; rows before it are."""
-    scores = torch.randn(1, 4, 4).bfloat16()
-    scores[0, place:, place] = value
-    block.causal_softmax_(scores, 4, 0.5, 9)
-    seen = torch.arange(4) >= place
-    assert scores[0, seen].isnan().any(-1).all()
-    assert not scores[0, ~seen].isnan().any()
-
-
-def _modules(hidden: int = 96) -> dict[str, tuple[nn.Module, int | None]]:
-    sizes = SIZES | {"hidden_size": hidden}
-    mixed = Qwen2Config(**sizes, use_sliding_window=True, sliding_window=4, max_window_layers=1, num_hidden_layers=2)
-    return {
-        "llama": (LlamaAttention(LlamaConfig(**sizes), 0), None),
-        "llama, biases": (LlamaAttention(LlamaConfig(**sizes, attention_bias=True), 0), None),
-        "mistral, window": (MistralAttention(MistralConfig(**sizes, sliding_window=5), 0), 5),
-        "qwen2, full layer": (Qwen2Attention(mixed, 0), None),
-        "qwen2, window": (Qwen2Attention(mixed, 1), 4),
-    }
-
-
-Segments = tuple[list[int], list[int]]
-
-
-def _run(module: nn.Module, x: Tensor, tree: Segments, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and gradient of the input, for segments with parents."""
-    segments, parents = tree
-    ends: list[int] = []
-    for n, parent in zip(segments, parents, strict=True):
-        ends.append(n + (ends[parent] if parent >= 0 else 0))
-    places = [torch.arange(end - n, end) for n, end in zip(segments, ends, strict=True)]
-    cos, sin = _angles(torch.cat(places), x.shape[-1] // SIZES["num_attention_heads"])
-    x = x.clone().requires_grad_()
-    rotation = (cos[None].to(x.dtype), sin[None].to(x.dtype))
-    out, _ = module(x, position_embeddings=rotation, attention_mask=None, segments=segments, parents=parents)
-    out.backward(dy.to(x.dtype))
-    assert x.grad is not None
-    return out.detach(), x.grad
-
-
-def _pair(module: nn.Module, tree: Segments, hidden: int) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    """A module in bfloat16 and in float32, with transformers' forward pass, its input and its output's gradient."""
-    module.config._attn_implementation = attention.NAME  # type: ignore[union-attr]
-    narrow = copy.deepcopy(module.requires_grad_(False)).bfloat16()
-    x, dy = (torch.randn(1, sum(tree[0]), hidden).bfloat16() for _ in range(2))
-    return narrow, copy.deepcopy(narrow).float(), x, dy
-
-
-TREES = [
-    ([9], [-1]),
-    ([1, 6, 2], [-1, -1, -1]),
-    ([4, 4, 4], [-1, -1, -1]),
-    ([5, 3, 4], [-1, 0, 0]),
-    ([3, 2, 4, 1, 2, 6], [-1, 0, 1, 1, 0, -1]),
-    ([12, 9, 7], [-1, 0, 0]),
-]
-
-
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("kind", list(_modules()))
-def test_attention(kind: str, tree: Segments, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most one and a half times as far from the float32 result as the same module in bfloat16 before."""
-    torch.manual_seed(0)
-    module, window = _modules()[kind]
-    narrow, wide, x, dy = _pair(module, tree, 96)
-    exact, before = _run(wide, x.float(), tree, dy), _run(narrow, x, tree, dy)
-    replace_attention(narrow)
-    seen: list[int] = []
-    real = block.causal_softmax_
-    monkeypatch.setattr(block, "causal_softmax_", lambda s, n, scale, w: (seen.append(w), real(s, n, scale, w)))
-    after = _run(narrow, x, tree, dy)
-    assert seen == [window or fused_attention.KEPT_TOKENS] * len(tree[0]) * 2  # weights are computed again
-    for ours, theirs, truth in zip(after, before, exact, strict=True):
-        assert _error(ours, truth) < 1.5 * _error(theirs, truth) + 1e-4
-    other = copy.deepcopy(wide).half()
-    expected = _run(other, x.half(), tree, dy)[0]
-    for module in (wide, other):
-        replace_attention(module)
-    seen.clear()
-    for ours, truth in zip(_run(wide, x.float(), tree, dy), exact, strict=True):
-        assert _error(ours, truth) < 2e-6
-    assert len(seen) == (2 * len(tree[0]) if sum(tree[0]) >= 16 else 0)
-    # other types, or rows too long for it, go the old way
-    assert torch.equal(_run(other, x.half(), tree, dy)[0], expected)
-    monkeypatch.setattr(fused_attention, "KEPT_TOKENS", fused_attention.longest(*tree) - 1)
-    assert torch.equal(_run(narrow, x, tree, dy)[0], before[0])
-
-
-TILED = [
-    ([9], [-1]),
-    ([1, 70, 33], [-1, -1, -1]),
-    ([32, 50, 16], [-1, 0, 0]),
-    ([3, 40, 4, 1, 64, 6], [-1, 0, 1, 1, 0, -1]),
-    ([1000, 30], [-1, 0]),
-]
-needs_tiles = pytest.mark.skipif(not tiles.supported(), reason="a processor with matrix tiles")
-
-
-@needs_tiles
-@pytest.mark.parametrize("width", [32, 64])
-@pytest.mark.parametrize("tree", TILED)
-@pytest.mark.parametrize("kind", list(_modules()))
-def test_tiled_attention(kind: str, tree: Segments, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No farther from the float32 result than the same module in bfloat16, with a tenth for chance."""
-    torch.manual_seed(0)
-    module, window = _modules(6 * width)[kind]
-    narrow, wide, x, dy = _pair(module, tree, 6 * width)
-    exact, before = _run(wide, x.float(), tree, dy), _run(narrow, x, tree, dy)
-    replace_attention(narrow)
-    seen: list[int] = []
-    real = tiled.forward
-    monkeypatch.setattr(tiled, "forward", lambda *given: (seen.append(given[-1]), real(*given))[1])
-    after = _run(narrow, x, tree, dy)
-    assert seen == [window or tiled.most_tokens(3)]
-    for ours, theirs, truth in zip(after, before, exact, strict=True):
-        assert _error(ours, truth) < 1.1 * _error(theirs, truth) + 1e-4
-
-
-def test_tiles_are_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "supported", lambda: True)
-    assert tiled.usable(torch.empty(0, 32, dtype=torch.bfloat16), 32)
-    assert not tiled.usable(torch.empty(0, 32), 32)
-
-
-@needs_tiles
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_undefined_keys_are_seen(value: float) -> None:
-    """Whoever sees a key that is not finite is not a number, and nobody else."""
-    qkv = torch.randn(40, 8 * 32).bfloat16()  # 4 query heads, 2 of keys, 2 of values
-    qkv[7, 4 * 32 + 5] = value
-    cos, sin = _angles(torch.arange(40), 32)
-    out, _ = tiled.forward(qkv, cos, sin, tiled.Layout([40], [[0]], 2), 0.2, 99)
-    assert out[7:, :64].isnan().all()
-    assert out[:7].isfinite().all()
-    assert out[:, 64:].isfinite().all()  # the other key head
-
-
-@needs_tiles
-def test_sums_of_ancestors_do_not_depend_on_threads() -> None:
-    """The same bits from one thread and from two."""
-    tree = ([20, 30, 40, 10], [-1, 0, 0, 1])
-    qkv, dy = (torch.randn(100, n * 64).bfloat16() for n in (10, 6))
-    cos, sin = _angles(torch.arange(100), 64)
-    layout = tiled.Layout(tree[0], attention.paths(tree[1]), 2)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            _, found = tiled.forward(qkv, cos, sin, layout, 0.1, 99)
-            results.append(tiled.backward(qkv, found, cos, sin, layout, 0.1, 99, dy))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(*results)
 
 
 @dtypes
