@@ -39,7 +39,7 @@ PROFILED = 4  # steps
 PARTS = {
     "base weights: decoding and products": ("_PackedMatmul", "_PackedMatmulBackward"),
     "gradient of the head, adapters: products": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "attention": ("_TileAttention", "_TileAttentionBackward", "_PackAttention", "_PackAttentionBackward"),
+    "attention": ("_PackAttention", "_PackAttentionBackward"),
     "gated activation": ("_SwiGLU", "_SwiGLUBackward", "_StackedSwiGLU", "_StackedSwiGLUBackward"),
     "norms": ("_RMSNormFunction", "_RMSNormFunctionBackward"),
     "loss, logits": ("_FrozenHeadLoss", "_FrozenHeadLossBackward"),

@@ -38,16 +38,22 @@ def _up(n, step):
 def _rotated(x, token, column, tables, out):
     """The head that begins at a column of x, rotated, goes to an address as float32."""
     cos, sin, _back = tables
-    angles = (address(cos, token, 0), address(sin, token, 0))
-    rotate_row(x.dtype.type(0), _FLOAT, address(x, token, column), *angles, cos.shape[1], out)
+    if len(cos) == 0:
+        widen_row(x.dtype.type(0), address(x, token, column), cos.shape[1], out)
+    else:
+        angles = (address(cos, token, 0), address(sin, token, 0))
+        rotate_row(x.dtype.type(0), _FLOAT, address(x, token, column), *angles, cos.shape[1], out)
 
 
 @njit(cache=True)
 def _rotated_back(sums, token, column, tables, out):
     """A row of float32 sums, rotated back, goes to a head of a token."""
     cos, _sin, back = tables
-    angles = (address(cos, token, 0), address(back, token, 0))
-    rotate_row(_FLOAT, out.dtype.type(0), sums, *angles, cos.shape[1], address(out, token, column))
+    if len(cos) == 0:
+        scaled_row(out.dtype.type(0), sums, cos.shape[1], np.float32(1), address(out, token, column))
+    else:
+        angles = (address(cos, token, 0), address(back, token, 0))
+        rotate_row(_FLOAT, out.dtype.type(0), sums, *angles, cos.shape[1], address(out, token, column))
 
 
 @njit(cache=True)
@@ -238,6 +244,7 @@ def forward(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float,
     """Attention of queries, keys and values side by side [T, (H + 2 K) D] -> [T, H * D]; cos and sin [T, D].
 
     Args:
+        cos, sin: of no rows [0, D], where queries and keys are rotated already.
         window: how many tokens back a token sees, itself included.
 
     Returns:

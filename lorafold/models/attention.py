@@ -3,9 +3,11 @@
 Registered with transformers under the name `lorafold`; the lengths of the segments arrive as the keyword
 `segments`, which transformers hands through to the attention function untouched. Each segment attends to itself and to
 its ancestors (`parents`), which stand for what several rows have in common from their start.
-Short rows take two matrix products and a softmax, which on a CPU is faster than the flash kernel (whose
-backward pass costs 2 to 4 times as much below about 512 tokens); long rows take the flash kernel. On a GPU, where every
-call costs more than the arithmetic of a short row, a pack is one call with a mask of all its tokens, made once.
+On a CPU a kernel computes a pack in one step with its own gradient, which keeps queries, keys and values and computes
+attention weights again. Where there is none (widths that are no multiple of 32, other types; bfloat16 where there are
+matrix tiles, unless `fused_attention.py` takes it; caches), short rows take two matrix products and a softmax, and long
+rows torch's flash kernel. On a GPU, where every call costs more than the arithmetic of a short row, a pack is one call
+with a mask of all its tokens, made once.
 """
 
 # H query heads, K key-value heads, N tokens of a pack, T tokens of a row, D head width
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,9 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from lorafold.kernels import attention as plain
+from lorafold.kernels import block
+from lorafold.kernels import tiled_attention as tiled
+from lorafold.kernels.packs import Layout
+from lorafold.quant.again import once_differentiable
+
 NAME = "lorafold"
 KEPT_TOKENS = 640  # the longest row that takes the plain path on a CPU, which keeps attention weights
 _MASK_TOKENS = 640  # the longest row whose mask is kept
+_ENDLESS = 1 << 40  # tokens
 _PACK_TOKENS = 4096  # the longest pack that is one call on a GPU: its mask takes 32 MiB in 16 bits
 
 
@@ -63,6 +73,11 @@ def packed_attention(
     lengths = segments or [query.shape[2]]
     if sum(lengths) != query.shape[2]:
         raise ValueError(f"the segments have {sum(lengths)} tokens in all, the pack has {query.shape[2]}")
+    width = query.shape[-1]
+    if key.shape == value.shape and key.shape[2] == query.shape[2] and kernel_for(query[0, 0], width) is plain:
+        qkv, turned = torch.cat([query, key, value], 1)[0].transpose(0, 1).flatten(1), query.new_empty(0, width)
+        out = attend(qkv, turned, turned, plain, key.shape[1], lengths, parents, scaling, sliding_window)
+        return out.view(1, len(out), -1, width), None
     if len(lengths) == 1:
         return _attend(query[0], key[0], value[0], scaling, sliding_window)[None], None
     if _in_one_call(query):
@@ -73,6 +88,50 @@ def packed_attention(
         for path in paths(parents or [-1] * len(lengths))
     ]
     return torch.cat(rows)[None], None
+
+
+class _PackAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kernel: ModuleType, layout: Layout, scale: float, window: int
+    ) -> Tensor:
+        out, found = kernel.forward(qkv, cos, sin, layout, scale, window)
+        ctx.save_for_backward(qkv, found, cos, sin)
+        ctx.kernel, ctx.given = kernel, (layout, scale, window)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, found, cos, sin = ctx.saved_tensors
+        return ctx.kernel.backward(qkv, found, cos, sin, *ctx.given, grads[0]), *[None] * 6
+
+
+@lru_cache(maxsize=4)
+def _layout(segments: tuple[int, ...], parents: tuple[int, ...], key_heads: int) -> Layout:
+    return Layout(list(segments), paths(list(parents)), key_heads)
+
+
+def attend(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kernel: ModuleType,
+    key_heads: int,
+    segments: list[int],
+    parents: list[int] | None,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Attention of queries, keys and values side by side [N, (H + 2 K) D] -> [N, H * D], by a kernel."""
+    layout = _layout(tuple(segments), tuple(parents or [-1] * len(segments)), key_heads)
+    return _PackAttention.apply(qkv, cos, sin, kernel, layout, scale, window or _ENDLESS)  # type: ignore[return-value]
+
+
+def kernel_for(x: Tensor, width: int) -> ModuleType | None:
+    """The kernel for rows of a pack x [N, .] and heads of a width, if there is one."""
+    kernels = (kernel for kernel in (tiled, plain) if kernel.usable(x.dtype, width))
+    return next(kernels, None) if block.usable(x) else None
 
 
 def paths(parents: list[int]) -> list[list[int]]:

@@ -9,8 +9,8 @@ long for the tiles, caches, other types and devices take transformers' own forwa
 
 from __future__ import annotations
 
-from functools import lru_cache
-from types import MethodType, ModuleType
+import math
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,37 +18,11 @@ from torch import Tensor, nn
 
 from lorafold.adapters.together import together
 from lorafold.kernels import attention as plain
-from lorafold.kernels import block
 from lorafold.kernels import tiled_attention as tiled
-from lorafold.kernels.packs import Layout
-from lorafold.models.attention import paths
-from lorafold.quant.again import once_differentiable
+from lorafold.models.attention import attend, kernel_for
 
 # classes with projections, rotary queries and keys, softmax(scaling q k) v and one more projection
 REPLACED = ("LlamaAttention", "Qwen2Attention", "MistralAttention")
-_ENDLESS = 1 << 40  # tokens
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kernel: ModuleType, layout: Layout, scale: float, window: int
-    ) -> Tensor:
-        out, found = kernel.forward(qkv, cos, sin, layout, scale, window)
-        ctx.save_for_backward(qkv, found, cos, sin)
-        ctx.kernel, ctx.given = kernel, (layout, scale, window)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, found, cos, sin = ctx.saved_tensors
-        return ctx.kernel.backward(qkv, found, cos, sin, *ctx.given, grads[0]), *[None] * 6
-
-
-@lru_cache(maxsize=4)
-def _layout(segments: tuple[int, ...], parents: tuple[int, ...], key_heads: int) -> Layout:
-    return Layout(list(segments), paths(list(parents)), key_heads)
 
 
 def longest(segments: list[int], parents: list[int] | None) -> int:
@@ -57,11 +31,6 @@ def longest(segments: list[int], parents: list[int] | None) -> int:
     for length, parent in zip(segments, parents or [-1] * len(segments), strict=True):
         ends.append(length + (ends[parent] if parent >= 0 else 0))
     return max(ends)
-
-
-def _kernel(dtype: torch.dtype, width: int) -> ModuleType | None:
-    """The kernel for projections of a type and heads of a width on a CPU."""
-    return next((kernel for kernel in (tiled, plain) if kernel.usable(dtype, width)), None)
 
 
 def attention_forward(
@@ -76,8 +45,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """The forward pass of an attention module: hidden states [1, T, N] -> [1, T, N], and no attention weights."""
     width = position_embeddings[0].shape[-1]
-    kernel = _kernel(hidden_states.dtype, width) if block.usable(hidden_states) else None
-    most = tiled.most_tokens(module.num_key_value_groups) if kernel is tiled else _ENDLESS
+    kernel = kernel_for(hidden_states[0], width)
+    most = tiled.most_tokens(module.num_key_value_groups) if kernel is tiled else math.inf
     fits = segments is not None and longest(segments, parents) <= most
     if segments is None or not fits or past_key_values is not None or kernel is None:
         options |= {"segments": segments, "parents": parents}
@@ -88,26 +57,24 @@ def attention_forward(
     assert len(hidden_states) == 1  # rows lie end to end
     owner = module.config if type(module).__name__ == "MistralAttention" else module  # Qwen2 says it layer by layer
     window = getattr(owner, "sliding_window", None)
-    window, parents = window or most, parents or [-1] * len(segments)
     projections = (module.q_proj, module.k_proj, module.v_proj)
     qkv = together(hidden_states, projections)
     qkv = torch.cat([project(hidden_states) for project in projections], -1) if qkv is None else qkv
     qkv, key_heads = qkv.flatten(0, 1), qkv.shape[-1] // width // (module.num_key_value_groups + 2)
-    layout = _layout(tuple(segments), tuple(parents), key_heads)
-    out = _Attention.apply(qkv, cos, sin, kernel, layout, module.scaling, window)
+    out = attend(qkv, cos, sin, kernel, key_heads, segments, parents, module.scaling, window)
     return module.o_proj(out[None]), None  # type: ignore[index]
 
 
 def any_length(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether rows of any length are taken without compiling and keeping something for each.
+    """Whether rows of any length are taken on a CPU without compiling and keeping something for each.
 
-    In bfloat16 torch's products do that.
+    In bfloat16 torch's products do that, and without a kernel attention keeps its weights.
     """
     found = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
-    if not found or any(type(module).__name__ not in REPLACED for module in found):
+    if dtype != torch.float32 and any(type(module).__name__ not in REPLACED for module in found):
         return False
-    kernels = {_kernel(dtype, getattr(module, "head_dim", 0) or 1) for module in found}
-    return kernels == {tiled} or (kernels == {plain} and dtype == torch.float32)
+    kernel = plain if dtype == torch.float32 else tiled
+    return bool(found) and all(kernel.usable(dtype, getattr(module, "head_dim", 0) or 1) for module in found)
 
 
 def replace_attention(model: nn.Module) -> None:
