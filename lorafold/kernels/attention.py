@@ -1,12 +1,13 @@
 """Causal attention over the segments of a pack on any processor: rotation, scores, softmax and sums in one pass.
 
-A thread takes a segment and a query head at a time and keeps what it needs in its cache: some queries, all keys that
-these see. Whatever the type of the rows, sums are float32. No attention weights are kept for the backward pass, which
-computes them again, and memory grows with the tokens of a row, not with their square (as in arXiv 2205.14135).
+A thread takes a segment and a key head, or one query head, at a time and keeps what it needs in its cache: some
+queries, all keys that these see. Whatever the type of the rows, sums are float32. No attention weights are kept for the
+backward pass, which computes them again (as in arXiv 2205.14135): memory grows with the tokens of the paths, not their
+square. A key that is not finite makes the rows that see it undefined, such a value those of its segment, as in torch.
 """
 
 # T tokens, H query heads, K key heads, D head width; a path is a segment after its ancestors, of N tokens rounded up
-# to 48, which is whole panels of 16 and whole sixes; `at` is the address of memory that is still free
+# to 48, which is whole panels of 16 and whole sixes
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ from lorafold.kernels.rows import add_row, clear, rotate_row, scaled_row, softma
 
 _FLOAT = np.float32(0)  # the kind of rows between
 _QUERIES = 36  # at a time, a multiple of 6
+_MANY_TASKS = 24  # segments times key heads
 _DEPTH = 256  # most keys of one product with values, which lie in the first cache
 
 
@@ -92,12 +94,12 @@ def _mix(weights, stride, first, last, m, panels, size, width, sums):
 
 
 @njit(cache=True)
-def _attend(segment, h, heads, qkv, tables, pack, scale, window, room, out, found):
-    """The outputs of one segment and one query head."""
+def _attend(segment, first_head, each, heads, qkv, tables, pack, scale, window, room, out, found):
+    """The outputs of one segment and `each` query heads that share a key head."""
     path, tokens = path_of(segment, pack)
     width, size = tables[0].shape[1], _up(tokens, 48)
     group = columns(qkv, width, 0, heads)[0]
-    _, key, value = columns(qkv, width, h // group, heads)
+    _, key, value = columns(qkv, width, first_head // group, heads)
     start, own, step = pack[0][segment], pack[1][segment], size * width
     stride, base = 4 * size + 64, room.ctypes.data  # rows of scores do not begin in the same line of the cache
     _gather(path, pack, qkv, key, tables, True, size, room, 2 * step, 0, -1)
@@ -105,42 +107,46 @@ def _attend(segment, h, heads, qkv, tables, pack, scale, window, room, out, foun
     keys, values, queries = base, base + 4 * step, base + 8 * step
     sums = queries + 4 * _QUERIES * width
     scores = sums + 4 * _QUERIES * width
-    for i in range(0, own, _QUERIES):
-        rows, first = min(_QUERIES, own - i), tokens - own + i
-        m, low, seen = _up(rows, ROWS), max(0, first + 1 - window) // 48 * 48, _up(first + rows, 16)
-        for r in range(rows):
-            _rotated(qkv, start + i + r, h * width, tables, queries + 4 * width * r)
-        clear(queries + 4 * width * rows, 4 * width * (m - rows))
-        begin = keys + 4 * low * width
-        product(queries, 4 * width, 4, m, begin, 64, 64 * width, seen - low, width, scores, stride, False)
-        for r in range(rows):
-            here, at = first + r, scores + stride * r
-            place = found.ctypes.data + 8 * (h * found.shape[1] + start + i + r)
-            softmax_row(_FLOAT, at, seen - low, max(0, here + 1 - window) - low, here - low, scale, at, place)
-        _mix(scores, stride, low, seen, m, values, size, width, sums)
-        for r in range(rows):
-            token = start + i + r
-            place = address(out, token, h * width)
-            scaled_row(out.dtype.type(0), sums + 4 * width * r, width, found[h, token, 1], place)
+    for h in range(first_head, first_head + each):
+        for i in range(0, own, _QUERIES):
+            rows, first = min(_QUERIES, own - i), tokens - own + i
+            m, low, seen = _up(rows, ROWS), max(0, first + 1 - window) // 48 * 48, _up(first + rows, 16)
+            for r in range(rows):
+                _rotated(qkv, start + i + r, h * width, tables, queries + 4 * width * r)
+            clear(queries + 4 * width * rows, 4 * width * (m - rows))
+            begin = keys + 4 * low * width
+            product(queries, 4 * width, 4, m, begin, 64, 64 * width, seen - low, width, scores, stride, False)
+            for r in range(rows):
+                here, at = first + r, scores + stride * r
+                place = found.ctypes.data + 8 * (h * found.shape[1] + start + i + r)
+                softmax_row(_FLOAT, at, seen - low, max(0, here + 1 - window) - low, here - low, scale, at, place)
+            _mix(scores, stride, low, seen, m, values, size, width, sums)
+            for r in range(rows):
+                token = start + i + r
+                place = address(out, token, h * width)
+                scaled_row(out.dtype.type(0), sums + 4 * width * r, width, found[h, token, 1], place)
 
 
 @njit(parallel=True, cache=True)
-def _forward(qkv, heads, group, tables, pack, tasks, scale, window, rooms, out, found):
+def _forward(qkv, heads, group, each, tables, pack, tasks, scale, window, rooms, out, found):
     threads = rooms.shape[0]
+    parts = group // each
     for thread in prange(threads):
-        for n in range(thread, len(tasks) * group, threads):
-            segment, head = tasks[n // group]
-            h = head * group + n % group
-            _attend(segment, h, heads, qkv, tables, pack, scale, window, rooms[thread], out, found)
+        for n in range(thread, len(tasks) * parts, threads):
+            segment, head = tasks[n // parts]
+            first = head * group + n % parts * each
+            _attend(segment, first, each, heads, qkv, tables, pack, scale, window, rooms[thread], out, found)
 
 
 @njit(cache=True)
-def _attend_backward(segment, h, heads, qkv, found, dy, tables, pack, scale, window, room, d_qkv, place, dk, dv):
-    """The gradients of one segment and query head: of queries, and its shares in others from a place of dk, dv."""
+def _attend_backward(
+    segment, first_head, each, heads, qkv, found, dy, tables, pack, scale, window, room, d_qkv, d_keys, d_values
+):
+    """The gradients of one segment and `each` query heads: of queries, and at addresses its shares in those of keys."""
     path, tokens = path_of(segment, pack)
     width, size = tables[0].shape[1], _up(tokens, 48)
     group = columns(qkv, width, 0, heads)[0]
-    _, key, value = columns(qkv, width, h // group, heads)
+    _, key, value = columns(qkv, width, first_head // group, heads)
     start, own, step = pack[0][segment], pack[1][segment], size * width
     stride, base = 4 * size + 64, room.ctypes.data
     _gather(path, pack, qkv, key, tables, True, size, room, 3 * step, 0, step)
@@ -150,69 +156,70 @@ def _attend_backward(segment, h, heads, qkv, found, dy, tables, pack, scale, win
     sums = given + 4 * _QUERIES * width
     p = sums + 4 * _QUERIES * width
     d = p + _QUERIES * stride
-    d_keys, d_values = address(dk[h], place, 0), address(dv[h], place, 0)
     clear(d_keys, 4 * step)
     clear(d_values, 4 * step)
-    for i in range(0, own, _QUERIES):
-        rows, first = min(_QUERIES, own - i), tokens - own + i
-        m, low, seen = _up(rows, ROWS), max(0, first + 1 - window) // 48 * 48, _up(first + rows, 16)
-        many, seen_keys = seen - low, _up(seen - low, ROWS)
-        for r in range(rows):
-            _rotated(qkv, start + i + r, h * width, tables, queries + 4 * width * r)
-            given_row = address(dy, start + i + r, h * width)
-            widen_row(dy.dtype.type(0), given_row, width, given + 4 * width * r)
-        clear(queries + 4 * width * rows, 4 * width * (m - rows))
-        clear(given + 4 * width * rows, 4 * width * (m - rows))
-        product(queries, 4 * width, 4, m, keys + 4 * low * width, 64, 64 * width, many, width, p, stride, False)
-        product(given, 4 * width, 4, m, values + 4 * low * width, 64, 64 * width, many, width, d, stride, False)
-        for r in range(rows):
-            largest, inverse = found[h, start + i + r]
-            here, p_row, d_row = first + r, p + stride * r, d + stride * r
-            least = max(0, here + 1 - window) - low
-            softmax_backward_row(_FLOAT, p_row, d_row, many, least, here - low, scale, largest, inverse, d_row)
-            clear(p_row + 4 * many, 64)  # as far as sixes of keys reach
-            clear(d_row + 4 * many, 64)
-        clear(p + stride * rows, stride * (m - rows))
-        clear(d + stride * rows, stride * (m - rows))
-        _mix(d, stride, low, seen, m, keys_along, size, width, sums)
-        for r in range(rows):
-            _rotated_back(sums + 4 * width * r, start + i + r, h * width, tables, d_qkv)
-        at = 4 * low * width
-        product(d, 4, stride, seen_keys, queries, 4 * width, 64, width, m, d_keys + at, 4 * width, True)
-        product(p, 4, stride, seen_keys, given, 4 * width, 64, width, m, d_values + at, 4 * width, True)
+    for h in range(first_head, first_head + each):
+        for i in range(0, own, _QUERIES):
+            rows, first = min(_QUERIES, own - i), tokens - own + i
+            m, low, seen = _up(rows, ROWS), max(0, first + 1 - window) // 48 * 48, _up(first + rows, 16)
+            many, seen_keys = seen - low, _up(seen - low, ROWS)
+            for r in range(rows):
+                _rotated(qkv, start + i + r, h * width, tables, queries + 4 * width * r)
+                given_row = address(dy, start + i + r, h * width)
+                widen_row(dy.dtype.type(0), given_row, width, given + 4 * width * r)
+            clear(queries + 4 * width * rows, 4 * width * (m - rows))
+            clear(given + 4 * width * rows, 4 * width * (m - rows))
+            product(queries, 4 * width, 4, m, keys + 4 * low * width, 64, 64 * width, many, width, p, stride, False)
+            product(given, 4 * width, 4, m, values + 4 * low * width, 64, 64 * width, many, width, d, stride, False)
+            for r in range(rows):
+                largest, inverse = found[h, start + i + r]
+                here, p_row, d_row = first + r, p + stride * r, d + stride * r
+                least = max(0, here + 1 - window) - low
+                softmax_backward_row(_FLOAT, p_row, d_row, many, least, here - low, scale, largest, inverse, d_row)
+                clear(p_row + 4 * many, 64)  # as far as sixes of keys reach
+                clear(d_row + 4 * many, 64)
+            clear(p + stride * rows, stride * (m - rows))
+            clear(d + stride * rows, stride * (m - rows))
+            _mix(d, stride, low, seen, m, keys_along, size, width, sums)
+            for r in range(rows):
+                _rotated_back(sums + 4 * width * r, start + i + r, h * width, tables, d_qkv)
+            at = 4 * low * width
+            product(d, 4, stride, seen_keys, queries, 4 * width, 64, width, m, d_keys + at, 4 * width, True)
+            product(p, 4, stride, seen_keys, given, 4 * width, 64, width, m, d_values + at, 4 * width, True)
 
 
 @njit(parallel=True, cache=True)
-def _backward(qkv, found, heads, group, dy, tables, pack, tasks, scale, window, rooms, d_qkv, shares_at, dk, dv):
+def _backward(qkv, found, heads, group, each, dy, tables, pack, tasks, scale, window, rooms, d_qkv, shares_at, dk, dv):
     threads = rooms.shape[0]
+    parts = group // each
     for thread in prange(threads):
-        for n in range(thread, len(tasks) * group, threads):
-            segment, head = tasks[n // group]
-            h = head * group + n % group
-            given = (tables, pack, scale, window, rooms[thread], d_qkv, shares_at[segment], dk, dv)
-            _attend_backward(segment, h, heads, qkv, found, dy, *given)
+        for n in range(thread, len(tasks) * parts, threads):
+            segment, head = tasks[n // parts]
+            part, place = head * parts + n % parts, shares_at[segment]
+            given = (tables, pack, scale, window, rooms[thread], d_qkv)
+            shares = (address(dk[part], place, 0), address(dv[part], place, 0))
+            _attend_backward(segment, part * each, each, heads, qkv, found, dy, *given, *shares)
 
 
 @njit(parallel=True, cache=True)
-def _collect(segment_of, use_at, uses, starts, group, tables, dk, dv, d_qkv):
-    """The gradient of each key and value: the sum over the segments that see it, and the query heads that share it."""
-    heads, width = dk.shape[0] // group, tables[0].shape[1]
-    kind = d_qkv.dtype.type(0)
+def _collect(segment_of, use_at, uses, starts, heads, tables, dk, dv, d_qkv):
+    """The gradient of each key and value: the sum over the segments that see it, and the parts of its query heads."""
+    parts, width = dk.shape[0] // heads, tables[0].shape[1]
     for token in prange(len(segment_of)):
         s = segment_of[token]
         for head in range(heads):
             _, key, value = columns(d_qkv, width, head, heads)
             keys, values = np.intp(0), np.intp(0)
             for use in uses[use_at[s] : use_at[s + 1]]:
-                for h in range(head * group, (head + 1) * group):
-                    more = 4 * width * (h * dk.shape[1] + use + token - starts[s])
+                for part in range(head * parts, (head + 1) * parts):
+                    more = 4 * width * (part * dk.shape[1] + use + token - starts[s])
                     if keys == 0:
                         keys, values = dk.ctypes.data + more, dv.ctypes.data + more
                     else:
                         add_row(dk.ctypes.data + more, width, keys)
                         add_row(dv.ctypes.data + more, width, values)
             _rotated_back(keys, token, key, tables, d_qkv)
-            scaled_row(kind, values, width, np.float32(1), address(d_qkv, token, value))
+            scaled_row(d_qkv.dtype.type(0), values, width, np.float32(1), address(d_qkv, token, value))
 
 
 @functools.lru_cache(maxsize=4)
@@ -233,6 +240,14 @@ def _shares(layout: Layout) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, n
     use_at = np.cumsum([0, *map(len, uses)])
     segment_of = np.repeat(np.arange(len(starts)), lengths)
     return first, (segment_of, use_at, np.concatenate(uses)), int(sizes.sum())
+
+
+def _together(layout: Layout, group: int) -> int:
+    """Query heads of a task: all that share a key head, whose keys are gathered once then, if there are many tasks.
+
+    That does not depend on threads, so that sums do not.
+    """
+    return group if len(layout.tasks) >= _MANY_TASKS else 1
 
 
 def usable(dtype: torch.dtype, width: int) -> bool:
@@ -256,7 +271,8 @@ def forward(qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, scale: float,
     found = torch.empty(many, len(qkv), 2, dtype=torch.float32)
     size = _up(layout.longest_path, 48)
     rooms = workspace(2 * size * width + _QUERIES * (2 * width + size + 16))
-    given = (raw(qkv), heads, many // heads, rotation_tables(cos, sin), layout.pack, layout.tasks)
+    group = many // heads
+    given = (raw(qkv), heads, group, _together(layout, group), rotation_tables(cos, sin), layout.pack, layout.tasks)
     on_torch_threads(_forward, *given, np.float32(scale), window, rooms, raw(out), found.numpy())
     return out, found
 
@@ -269,9 +285,11 @@ def backward(
     d_qkv, size = empty(*qkv.shape, dtype=qkv.dtype), _up(layout.longest_path, 48)
     rooms = workspace(3 * size * width + _QUERIES * (3 * width + 2 * size + 32))
     first, used, places = _shares(layout)
-    shares = [empty(many, places, width).numpy() for _ in range(2)]
+    group = many // heads
+    each = _together(layout, group)
+    shares = [empty(many // each, places, width).numpy() for _ in range(2)]
     tables, results = rotation_tables(cos, sin), raw(d_qkv)
-    given = (raw(qkv), found.numpy(), heads, many // heads, raw(dy), tables, layout.pack, layout.tasks)
+    given = (raw(qkv), found.numpy(), heads, group, each, raw(dy), tables, layout.pack, layout.tasks)
     on_torch_threads(_backward, *given, np.float32(scale), window, rooms, results, first, *shares)
-    on_torch_threads(_collect, *used, layout.pack[0], many // heads, tables, *shares, results)
+    on_torch_threads(_collect, *used, layout.pack[0], heads, tables, *shares, results)
     return d_qkv

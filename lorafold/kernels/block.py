@@ -1,12 +1,12 @@
 """The elementwise work of a transformer block on a CPU: one pass over bfloat16 or float32 numbers instead of a torch
 operation per sign, with float32 in between.
 
-Each function has torch operations as its oracle, in `norms.py`, `gated.py` and in transformers' attention; these are
-used for other types and devices.
+Each function has torch operations as its oracle, in `norms.py` and `gated.py`; these are used for other types and
+devices.
 """
 
 # bfloat16 numbers are uint16 here, the upper half of a float32; a `kind` is a zero of a row's type
-# T tokens, N features of a token, H heads, D head width
+# T tokens, N features of a token
 
 from __future__ import annotations
 

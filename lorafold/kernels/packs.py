@@ -38,6 +38,8 @@ class Layout:
         key_heads: K.
 
     Attributes:
+        key_heads, paths: as given.
+        seen: tokens of each path.
         pack: starts and lengths of the segments, where the path of each begins in a list of all paths, and that list.
         tasks: a segment and a key head, those with most to compute first.
         longest, longest_path: tokens of the longest segment, and of the longest path.

@@ -4,10 +4,10 @@ Registered with transformers under the name `lorafold`; the lengths of the segme
 `segments`, which transformers hands through to the attention function untouched. Each segment attends to itself and to
 its ancestors (`parents`), which stand for what several rows have in common from their start.
 On a CPU a kernel computes a pack in one step with its own gradient, which keeps queries, keys and values and computes
-attention weights again. Where there is none (widths that are no multiple of 32, other types; bfloat16 where there are
-matrix tiles, unless `fused_attention.py` takes it; caches), short rows take two matrix products and a softmax, and long
-rows torch's flash kernel. On a GPU, where every call costs more than the arithmetic of a short row, a pack is one call
-with a mask of all its tokens, made once.
+attention weights again. Where there is none (heads that are no multiple of 32 wide, other types, fewer than 16 rows of
+float32, earlier tokens in a cache; bfloat16 where there are matrix tiles, unless `fused_attention.py` takes it), short
+rows take two matrix products and a softmax, and long rows torch's flash kernel. On a GPU, where every call costs more
+than the arithmetic of a short row, a pack is one call with a mask of all its tokens, made once.
 """
 
 # H query heads, K key-value heads, N tokens of a pack, T tokens of a row, D head width
@@ -74,8 +74,10 @@ def packed_attention(
     if sum(lengths) != query.shape[2]:
         raise ValueError(f"the segments have {sum(lengths)} tokens in all, the pack has {query.shape[2]}")
     width = query.shape[-1]
-    if key.shape == value.shape and key.shape[2] == query.shape[2] and kernel_for(query[0, 0], width) is plain:
-        qkv, turned = torch.cat([query, key, value], 1)[0].transpose(0, 1).flatten(1), query.new_empty(0, width)
+    alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape and key.shape[2] == query.shape[2]
+    if alike and kernel_for(query[0, 0], width) is plain:
+        qkv = torch.cat([x[0].transpose(0, 1) for x in (query, key, value)], 1).flatten(1)
+        turned = query.new_empty(0, width)
         out = attend(qkv, turned, turned, plain, key.shape[1], lengths, parents, scaling, sliding_window)
         return out.view(1, len(out), -1, width), None
     if len(lengths) == 1:
@@ -123,9 +125,20 @@ def attend(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Attention of queries, keys and values side by side [N, (H + 2 K) D] -> [N, H * D], by a kernel."""
+    """Attention of queries, keys and values side by side [N, (H + 2 K) D] -> [N, H * D], by a kernel.
+
+    Args:
+        cos, sin: [N, D], or [0, D] where queries and keys are rotated already, which the tiles do not take.
+
+    Raises:
+        ValueError: the segments or angles are not those of so many tokens, or the window is negative.
+    """
+    if sum(segments) != len(qkv) or len(cos) not in (0, len(qkv)):
+        raise ValueError(f"segments of {sum(segments)} tokens and {len(cos)} angles for a pack of {len(qkv)} tokens")
+    if window is not None and window < 0:
+        raise ValueError(f"a token cannot see {window} tokens back")
     layout = _layout(tuple(segments), tuple(parents or [-1] * len(segments)), key_heads)
-    return _PackAttention.apply(qkv, cos, sin, kernel, layout, scale, window or _ENDLESS)  # type: ignore[return-value]
+    return _PackAttention.apply(qkv, cos, sin, kernel, layout, float(scale), window or _ENDLESS)  # type: ignore[return-value]
 
 
 def kernel_for(x: Tensor, width: int) -> ModuleType | None:

@@ -1,8 +1,9 @@
 """Causal attention over the segments of a pack on a CPU, from projections to output in one step with its own gradient.
 
 It is a kernel for bfloat16 on matrix tiles, or one for any processor and rows of any length. Both keep queries, keys
-and values and compute attention weights again in the backward pass. Heads that are no multiple of 32 wide, rows too
-long for the tiles, caches, other types and devices take transformers' own forward pass with `attention.py`.
+and values and compute attention weights again in the backward pass. Heads that are no multiple of 32 wide or rotated in
+part, rows too long for the tiles, caches, a few rows of float32, other types and devices take transformers' own forward
+pass with `attention.py`.
 """
 
 # T tokens of the pack
@@ -45,7 +46,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """The forward pass of an attention module: hidden states [1, T, N] -> [1, T, N], and no attention weights."""
     width = position_embeddings[0].shape[-1]
-    kernel = kernel_for(hidden_states[0], width)
+    kernel = kernel_for(hidden_states[0], width) if width == module.head_dim else None
     most = tiled.most_tokens(module.num_key_value_groups) if kernel is tiled else math.inf
     fits = segments is not None and longest(segments, parents) <= most
     if segments is None or not fits or past_key_values is not None or kernel is None:
@@ -66,15 +67,21 @@ def attention_forward(
 
 
 def any_length(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether rows of any length are taken on a CPU without compiling and keeping something for each.
+    """Whether all attention is computed by kernels on a CPU, to which a row's length is nothing.
 
-    In bfloat16 torch's products do that, and without a kernel attention keeps its weights.
+    Elsewhere products have a row's length, for each of which torch compiles and keeps something in bfloat16, and short
+    rows keep attention weights.
     """
+
+    def covered(module: Any) -> bool:
+        width = getattr(module, "head_dim", 0) or 1
+        if type(module).__name__ in REPLACED and tiled.usable(dtype, width):
+            return True
+        alike = getattr(module, "v_head_dim", width) == width
+        return alike and plain.usable(dtype, width) and not tiled.usable(dtype, width)
+
     found = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
-    if dtype != torch.float32 and any(type(module).__name__ not in REPLACED for module in found):
-        return False
-    kernel = plain if dtype == torch.float32 else tiled
-    return bool(found) and all(kernel.usable(dtype, getattr(module, "head_dim", 0) or 1) for module in found)
+    return bool(found) and all(map(covered, found))
 
 
 def replace_attention(model: nn.Module) -> None:

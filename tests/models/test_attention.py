@@ -167,19 +167,21 @@ def test_generation_takes_the_most_likely_token_of_the_full_forward_pass(model: 
 @given(rows=st.integers(1, 9), seed=st.integers(0, 2**32))
 @settings(max_examples=25, deadline=None)
 def test_one_call_for_a_tree_equals_one_for_each_segment(heads: int, window: int | None, rows: int, seed: int) -> None:
-    """Random trees of rows that begin alike, output and gradients."""
+    """Random trees of rows that begin alike, output and gradients; and the kernel, where there are 16 tokens."""
     batch = pack_rows(related_rows(rows, seed), 1, 2)
     generator = torch.Generator().manual_seed(seed)
-    q, k, v, dy = (torch.randn(1, n, len(batch.ids), 16, generator=generator) for n in (heads, 2, 2, heads))
+    q, k, v, dy = (torch.randn(1, n, len(batch.ids), 32, generator=generator) for n in (heads, 2, 2, heads))
     found = []
-    for one_call in (False, True):
+    for path, one_call in (("kernel", False), ("plain", False), ("plain", True)):
         with pytest.MonkeyPatch.context() as patch:
+            _force(path, patch)
             patch.setattr(attention, "_in_one_call", lambda _, one_call=one_call: one_call)
             inputs = [x.clone().requires_grad_() for x in (q, k, v)]
             tree = {"segments": batch.segments, "parents": batch.parents, "sliding_window": window}
             out, _ = packed_attention(nn.Module(), *inputs, None, 0.25, **tree)
             found.append((out, *torch.autograd.grad(out, inputs, dy.transpose(1, 2))))
-    for one, several in zip(*found, strict=True):
+    for kernel, several, one in zip(*found, strict=True):
+        torch.testing.assert_close(kernel, several, atol=ATOL, rtol=0)
         torch.testing.assert_close(one, several, atol=ATOL, rtol=0)
 
 
@@ -195,7 +197,9 @@ def test_a_long_pack_on_a_gpu_is_one_call_for_each_segment() -> None:
 DENSE_CASES = [
     # heads, key heads, tokens, seen, window
     (4, 4, 6, 6, None),
+    (4, 4, 26, 26, None),
     (4, 2, 6, 6, None),
+    (4, 2, 16, 16, None),
     (6, 1, 17, 17, None),
     (4, 2, 1, 9, None),
     (4, 2, 3, 9, None),
@@ -205,6 +209,8 @@ DENSE_CASES = [
     (4, 2, 3, 17, 5),
     (4, 2, 1, 17, 5),
     (4, 2, 9, 9, 1),
+    (4, 2, 19, 19, 1),
+    (4, 1, 150, 150, 60),
 ]
 
 

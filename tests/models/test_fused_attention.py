@@ -11,10 +11,11 @@ import pytest
 import torch
 from numba import njit
 from torch import Tensor, nn
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from lorafold.kernels import attention as plain
 from lorafold.kernels import tiled_attention as tiled
@@ -125,7 +126,7 @@ def test_small_products(m: int, n: int, k: int) -> None:
 
 
 @kernels
-@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("width", [32, 96])
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("kind", list(_modules(96)))
 def test_attention(kind: str, tree: Segments, width: int, kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +151,43 @@ def test_other_types_go_the_old_way(dtype: torch.dtype) -> None:
     expected = _run(copies[dtype], x.to(dtype), TREES[2], dy)[0]
     replace_attention(copies[dtype])
     assert torch.equal(_run(copies[dtype], x.to(dtype), TREES[2], dy)[0], expected)
+
+
+@dtypes
+@pytest.mark.parametrize("given", [[20], [60], []])
+def test_segments_that_are_not_the_whole_pack_are_refused(given: list[int], dtype: torch.dtype) -> None:
+    module = _modules(192)["llama"][0].to(dtype)
+    replace_attention(module)
+    cos, sin = (x[None].to(dtype) for x in _angles(torch.arange(40), 32))
+    with pytest.raises(ValueError, match=r"for a pack of 40 tokens|empty"):
+        module(
+            torch.zeros(1, 40, 192, dtype=dtype), position_embeddings=(cos, sin), attention_mask=None, segments=given
+        )
+
+
+def test_heads_that_are_rotated_in_part_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = _watch(plain, monkeypatch)
+    module = _modules(384)["llama"][0]  # heads of 64
+    replace_attention(module)
+    cos, sin = (x[None] for x in _angles(torch.arange(40), 32))
+    with pytest.raises(RuntimeError):  # as transformers has it
+        module(torch.zeros(1, 40, 384), position_embeddings=(cos, sin), attention_mask=None, segments=[40])
+    assert not seen
+
+
+def test_many_tasks_are_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether query heads are a task each, or all that share a key head."""
+    torch.manual_seed(0)
+    segments, parents = [70, 9, 30, 12, 40], [-1, 0, 0, 1, -1]
+    qkv, dy = torch.randn(sum(segments), 10 * 32), torch.randn(sum(segments), 6 * 32)
+    cos, sin = _angles(torch.arange(sum(segments)), 32)
+    layout, found = Layout(segments, attention.paths(parents), 2), []
+    for many in (1, 1000):
+        monkeypatch.setattr(plain, "_MANY_TASKS", many)
+        out, kept = plain.forward(qkv, cos, sin, layout, 0.2, 1000)
+        found.append((out, plain.backward(qkv, kept, cos, sin, layout, 0.2, 1000, dy)))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-5)
 
 
 def test_other_widths_go_the_old_way() -> None:
@@ -179,8 +217,10 @@ def test_tiles_are_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_rows_need_no_filling(has_tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiled, "supported", lambda: has_tiles)
     model = nn.Sequential(_modules(192)["llama"][0])
-    assert any_length(model, torch.bfloat16) == has_tiles
-    assert any_length(model, torch.float32)
+    other = nn.Sequential(Qwen3Attention(Qwen3Config(**SIZES, hidden_size=96, head_dim=32), 0))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert any_length(model, dtype)
+        assert any_length(other, dtype) == (dtype == torch.float32 or not has_tiles)
     assert not any_length(model, torch.float16)
     assert not any_length(nn.Sequential(_modules(96)["llama"][0]), torch.float32)  # heads of 16
     assert not any_length(nn.Sequential(nn.Linear(2, 2)), torch.float32)

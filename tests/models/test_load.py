@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorafold.errors import FormatError
 from lorafold.evals.loss import evaluate
+from lorafold.models import attention
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.load import compute_dtype, load, resolve
 from lorafold.models.tokenizer import load_tokenizer
@@ -82,6 +83,16 @@ def test_other_architectures_are_taken_if_rows_do_not_mix(tmp_path: Path, kind: 
     reference = AutoModelForCausalLM.from_pretrained(tmp_path)
     count = sum(sum(row.supervised) for row in rows)
     assert evaluate(loaded, rows) == pytest.approx(float(row_losses(reference, rows).detach()) / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["phi3", "olmo2", "gpt_neox"])
+def test_they_are_tried_as_they_are_trained(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the attention kernel where it takes their heads."""
+    calls, real = [], attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *given: (calls.append(given), real(*given))[1])
+    path = other_folder(tmp_path, kind, bos_token_id=0, eos_token_id=0, num_attention_heads=2)
+    loaded = load(path)
+    assert len(calls) == 3 * loaded.model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize(
