@@ -163,7 +163,7 @@ class Codec:
         if gpu.usable(blocks, dtype):
             return gpu.decode(self, blocks, dtype, offset, scale)
         kernel = kernels.usable(self.name, blocks, dtype)
-        reads_scale = kernel and kernels.reads_scale(self.name, dtype)
+        reads_scale = kernel and kernels.reads_scale(self.name)
         if scale is None and offset is None and not reads_scale:
             scale, offset = self.parameters(blocks)
         if scale is None and not reads_scale:

@@ -1,32 +1,46 @@
 """Decoding on a CPU at memory speed: numba kernels beside the torch oracle in `ggml.py` and `kquants.py`.
 
-A block is decoded to float32 in cache and then copied, or rounded to bfloat16 (nearest, ties to even, as
-torch does). Compiled code is cached on disk, for which each kernel must be a function of its own.
+A kernel walks through the blocks of a family of formats; `vectors.py` turns their codes into weights, in float32 or
+rounded to bfloat16 (nearest, ties to even, as torch does). Compiled code is cached on disk, for which each kernel must
+be a function of its own.
 """
 
-# raw uint8 [O, B, bytes], scale and offset float32 [O, G], out [O, I]; w float32 [32] or [256] is one decoded block
+# raw uint8 [O, B, bytes], scale and offset float32 [O, G], out float32 or uint16 (bfloat16) [O, I]; a table is the
+# address of the 16 float32 values of the codes, or the float32 code that stands for zero
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import config, njit, prange
 from torch import Tensor
 
-from lorafold.kernels.compiled import on_torch_threads, round_bfloat16
-from lorafold.quant import vectors
-from lorafold.quant.vectors import IQ4_NL_VALUES, NF4_VALUES
+from lorafold.kernels.compiled import on_torch_threads
+from lorafold.quant.vectors import (
+    IQ4_NL_VALUES,
+    NF4_VALUES,
+    half,
+    permutes,
+    store_2,
+    store_3,
+    store_5,
+    store_6,
+    store_bytes,
+    store_fifth,
+    store_halves,
+    store_high_first,
+    store_low_first,
+    store_parts,
+)
 
 INT8_STEP = 7.874015718698502e-3  # 1 / 127, as bitsandbytes writes it
+_NO_SCALES = np.empty((0, 0), np.float32)
 
 
 def usable(name: str, blocks: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel covers this case of the format `name`; otherwise the caller uses torch operations."""
-    return (
-        (name in _KERNELS or name.startswith("MLX"))
-        and blocks.device.type == "cpu"
-        and dtype in (torch.float32, torch.bfloat16)
-    )
+    known = (name in _FORMATS or name.startswith("MLX")) and not config.DISABLE_JIT  # type: ignore[attr-defined]
+    return known and blocks.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
 
 
 def decode(
@@ -36,27 +50,19 @@ def decode(
 
     The scale may be None where the kernel `reads_scale`. `room`, O I numbers in `dtype` or more, takes the result.
     """
-    exact, rounded, weights, *arguments = _KERNELS[name] if name in _KERNELS else _mlx_kernels(name)
+    kernel, weights, values, *form = _FORMATS[name] if name in _FORMATS else _mlx(name)
     shape = blocks.shape[0], blocks.shape[1] * weights
     out = torch.empty(shape, dtype=dtype) if room is None else room[: shape[0] * shape[1]].view(shape)
     s = _NO_SCALES if scale is None else scale.detach().contiguous().numpy()
-    raw, o = blocks.contiguous().numpy(), offset.detach().contiguous().numpy()
-    if (found := vectors.covering(name, dtype)) is not None:
-        kernel, table, at = found
-        on_torch_threads(
-            kernel, raw, s, o, table, at, (out if dtype == torch.float32 else out.view(torch.uint16)).numpy()
-        )
-    elif dtype == torch.bfloat16:
-        on_torch_threads(rounded, raw, s, o, *arguments, out.view(torch.uint16).numpy())
-    else:
-        on_torch_threads(exact, raw, s, o, *arguments, out.numpy())
+    given = blocks.contiguous().numpy(), s, offset.detach().contiguous().numpy()
+    written = out.numpy() if dtype == torch.float32 else out.view(torch.uint16).numpy()
+    on_torch_threads(kernel, *given, _table(values, dtype), *form, written)
     return out
 
 
-def reads_scale(name: str, dtype: torch.dtype) -> bool:
+def reads_scale(name: str) -> bool:
     """Whether the kernel takes the scales out of the blocks itself."""
-    found = vectors.covering(name, dtype)
-    return found is not None and found[0] is vectors.groups
+    return name in _FORMATS and _FORMATS[name][0] is _groups
 
 
 def six_bit_parameters(blocks: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,291 +84,128 @@ def _six_bit(raw, d, dmin, scale, offset):
                 offset[r, g + 4] = -(dmin[r, b] * np.float32((c >> 4) | ((m >> 2) & 48)))
 
 
-@njit(inline="always")
-def _block4(raw, r, g, at, s, o, zero, w):
-    for j in range(16):
-        byte = raw[r, g, at + j]
-        w[j] = s * np.float32(np.int32(byte & 15) - zero) + o
-        w[16 + j] = s * np.float32(np.int32(byte >> 4) - zero) + o
-
-
-@njit(inline="always")
-def _block5(raw, r, g, at, s, o, zero, w):
-    high = np.uint32(raw[r, g, at]) | np.uint32(raw[r, g, at + 1]) << np.uint32(8)
-    high |= np.uint32(raw[r, g, at + 2]) << np.uint32(16) | np.uint32(raw[r, g, at + 3]) << np.uint32(24)
-    for j in range(16):
-        byte = raw[r, g, at + 4 + j]
-        low_code = np.int32(byte & 15) | np.int32((high >> np.uint32(j)) & np.uint32(1)) << 4
-        high_code = np.int32(byte >> 4) | np.int32((high >> np.uint32(j + 16)) & np.uint32(1)) << 4
-        w[j] = s * np.float32(low_code - zero) + o
-        w[16 + j] = s * np.float32(high_code - zero) + o
-
-
-@njit(inline="always")
-def _block8(raw, r, g, at, s, o, zero, w):  # noqa: ARG001 (one signature for all)
-    for j in range(32):
-        w[j] = s * np.float32(np.int8(raw[r, g, at + j])) + o
-
-
 @njit(parallel=True, cache=True)
-def _q4_float32(raw, scale, offset, zero, at, out):
+def _groups(raw, scale, offset, table, at, out):
+    """Groups of 32, by the bytes of their codes, from byte `at`: 16 (Q4_0, Q4_1, IQ4_NL), 20 (Q5_0, Q5_1), 32 (Q8_0).
+
+    16 bytes are low halves, then high halves, before which 4 hold fifth bits. Without scales (an array of no rows)
+    those at the beginning of each block are taken. Of signed bytes the table is 128 more than the code of zero.
+    """
+    stored, size = len(scale) == 0, raw.shape[2] - at
     for r in prange(raw.shape[0]):
+        kind, source, target = out.dtype.type(0), raw[r].ctypes.data, out[r].ctypes.data
         for g in range(raw.shape[1]):
-            _block4(raw, r, g, at, scale[r, g], offset[r, g], zero, out[r, g * 32 : g * 32 + 32])
+            place, to = source + g * raw.shape[2], target + 32 * out.itemsize * g
+            scales = (half(place) if stored else scale[r, g], offset[r, g])
+            if size == 16:
+                store_halves(kind, table, scales, place + at, to)
+            elif size == 20:
+                store_fifth(kind, table, scales, place + at, to)
+            else:
+                store_bytes(kind, table, scales, place + at, to)
 
 
 @njit(parallel=True, cache=True)
-def _q4_bfloat16(raw, scale, offset, zero, at, out):
+def _in_a_row(raw, scale, offset, table, at, bits, out):
+    """MLX: groups of 32, 64 or 128 codes one after the other, the lowest bits first."""
+    chunks = (raw.shape[2] - at) // (4 * bits)
     for r in prange(raw.shape[0]):
-        w = np.empty(32, np.float32)
-        bits = w.view(np.uint32)
+        kind, source, target = out.dtype.type(0), raw[r].ctypes.data + at, out[r].ctypes.data
         for g in range(raw.shape[1]):
-            _block4(raw, r, g, at, scale[r, g], offset[r, g], zero, w)
-            round_bfloat16(bits, out[r, g * 32 : g * 32 + 32])
+            scales = (scale[r, g], offset[r, g])
+            for c in range(chunks):
+                place, to = source + g * raw.shape[2] + 4 * bits * c, target + 32 * out.itemsize * (g * chunks + c)
+                if bits == 2:
+                    store_2(kind, table, scales, place, to)
+                elif bits == 3:
+                    store_3(kind, table, scales, place, to)
+                elif bits == 4:
+                    store_low_first(kind, table, scales, place, to)
+                elif bits == 5:
+                    store_5(kind, table, scales, place, to)
+                elif bits == 6:
+                    store_6(kind, table, scales, place, to)
+                else:
+                    store_parts(kind, table, scales, (place, 0, 255), to)
 
 
 @njit(parallel=True, cache=True)
-def _q5_float32(raw, scale, offset, zero, at, out):
+def _high_first(raw, scale, offset, table, at, out):
+    """NF4: groups of 64; the high half of a byte is the code before its low half."""
     for r in prange(raw.shape[0]):
+        kind, source, target = out.dtype.type(0), raw[r].ctypes.data + at, out[r].ctypes.data
         for g in range(raw.shape[1]):
-            _block5(raw, r, g, at, scale[r, g], offset[r, g], zero, out[r, g * 32 : g * 32 + 32])
+            scales, place = (scale[r, g], offset[r, g]), source + g * raw.shape[2]
+            for c in range(2):
+                store_high_first(kind, table, scales, place + 16 * c, target + 32 * out.itemsize * (2 * g + c))
 
 
 @njit(parallel=True, cache=True)
-def _q5_bfloat16(raw, scale, offset, zero, at, out):
+def _k(raw, scale, offset, table, bits, out):
+    """K-quants: 256 weights in 8 times 32, of which each takes some bits of 32 bytes and of 32 others.
+
+    A scale is for 16 weights in 2, 3 and 6 bits, and for 32 in 4 and 5.
+    """
+    each = 2 if bits in (2, 3, 6) else 1
     for r in prange(raw.shape[0]):
-        w = np.empty(32, np.float32)
-        bits = w.view(np.uint32)
-        for g in range(raw.shape[1]):
-            _block5(raw, r, g, at, scale[r, g], offset[r, g], zero, w)
-            round_bfloat16(bits, out[r, g * 32 : g * 32 + 32])
-
-
-@njit(parallel=True, cache=True)
-def _q8_float32(raw, scale, offset, zero, at, out):
-    for r in prange(raw.shape[0]):
-        for g in range(raw.shape[1]):
-            _block8(raw, r, g, at, scale[r, g], offset[r, g], zero, out[r, g * 32 : g * 32 + 32])
-
-
-@njit(parallel=True, cache=True)
-def _q8_bfloat16(raw, scale, offset, zero, at, out):
-    for r in prange(raw.shape[0]):
-        w = np.empty(32, np.float32)
-        bits = w.view(np.uint32)
-        for g in range(raw.shape[1]):
-            _block8(raw, r, g, at, scale[r, g], offset[r, g], zero, w)
-            round_bfloat16(bits, out[r, g * 32 : g * 32 + 32])
-
-
-@njit(inline="always")
-def _block2k(raw, s, o, w):
-    for h in range(2):
-        for j in range(32):
-            byte, g = raw[16 + 32 * h + j], 8 * h + j // 16
-            for k in range(4):
-                w[128 * h + 32 * k + j] = s[g + 2 * k] * np.float32((byte >> (2 * k)) & 3) + o[g + 2 * k]
-
-
-@njit(inline="always")
-def _block3k(raw, s, o, w):
-    for h in range(2):
-        for j in range(32):
-            byte, high, g = raw[32 + 32 * h + j], raw[j] >> (4 * h), 8 * h + j // 16
-            for k in range(4):
-                code = np.int32((byte >> (2 * k)) & 3) + (np.int32((high >> k) & 1) << 2) - 4
-                w[128 * h + 32 * k + j] = s[g + 2 * k] * np.float32(code) + o[g + 2 * k]
-
-
-@njit(inline="always")
-def _block4k(raw, s, o, w):
-    for c in range(4):
-        for j in range(32):
-            byte = raw[16 + 32 * c + j]
-            w[64 * c + j] = s[2 * c] * np.float32(byte & 15) + o[2 * c]
-            w[64 * c + 32 + j] = s[2 * c + 1] * np.float32(byte >> 4) + o[2 * c + 1]
-
-
-@njit(inline="always")
-def _block5k(raw, s, o, w):
-    for c in range(4):
-        for j in range(32):
-            byte, high = raw[48 + 32 * c + j], raw[16 + j] >> (2 * c)
-            low_code, high_code = (byte & 15) | ((high & 1) << 4), (byte >> 4) | ((high & 2) << 3)
-            w[64 * c + j] = s[2 * c] * np.float32(low_code) + o[2 * c]
-            w[64 * c + 32 + j] = s[2 * c + 1] * np.float32(high_code) + o[2 * c + 1]
-
-
-@njit(inline="always")
-def _block6k(raw, s, o, w):
-    for h in range(2):
-        for j in range(32):
-            first, second, high, g = raw[64 * h + j], raw[64 * h + 32 + j], raw[128 + 32 * h + j], 8 * h + j // 16
-            at = 128 * h + j
-            w[at] = s[g] * np.float32(np.int32((first & 15) | ((high & 3) << 4)) - 32) + o[g]
-            w[at + 32] = s[g + 2] * np.float32(np.int32((second & 15) | ((high & 12) << 2)) - 32) + o[g + 2]
-            w[at + 64] = s[g + 4] * np.float32(np.int32((first >> 4) | (high & 48)) - 32) + o[g + 4]
-            w[at + 96] = s[g + 6] * np.float32(np.int32((second >> 4) | ((high & 192) >> 2)) - 32) + o[g + 6]
-
-
-@njit(inline="always")
-def _block4nl(raw, r, g, values, s, o, w):
-    for j in range(16):
-        byte = raw[r, g, 2 + j]
-        w[j] = s * values[byte & 15] + o
-        w[16 + j] = s * values[byte >> 4] + o
-
-
-@njit(parallel=True, cache=True)
-def _iq4nl_float32(raw, scale, offset, values, out):
-    for r in prange(raw.shape[0]):
-        for g in range(raw.shape[1]):
-            _block4nl(raw, r, g, values, scale[r, g], offset[r, g], out[r, g * 32 : g * 32 + 32])
-
-
-@njit(parallel=True, cache=True)
-def _iq4nl_bfloat16(raw, scale, offset, values, out):
-    for r in prange(raw.shape[0]):
-        w = np.empty(32, np.float32)
-        bits = w.view(np.uint32)
-        for g in range(raw.shape[1]):
-            _block4nl(raw, r, g, values, scale[r, g], offset[r, g], w)
-            round_bfloat16(bits, out[r, g * 32 : g * 32 + 32])
-
-
-@njit(inline="always")
-def _block_k(bits, raw, s, o, w):
-    if bits == 2:
-        _block2k(raw, s, o, w)
-    elif bits == 3:
-        _block3k(raw, s, o, w)
-    elif bits == 4:
-        _block4k(raw, s, o, w)
-    elif bits == 5:
-        _block5k(raw, s, o, w)
-    else:
-        _block6k(raw, s, o, w)
-
-
-@njit(parallel=True, cache=True)
-def _k_float32(raw, scale, offset, bits, n, out):
-    for r in prange(raw.shape[0]):
+        kind, source, target = out.dtype.type(0), raw[r].ctypes.data, out[r].ctypes.data
         for b in range(raw.shape[1]):
-            g = slice(n * b, n * b + n)
-            _block_k(bits, raw[r, b], scale[r, g], offset[r, g], out[r, 256 * b : 256 * b + 256])
+            place = source + b * raw.shape[2]
+            if bits == 4:
+                for c in range(4):
+                    g, codes, to = 8 * b + 2 * c, place + 16 + 32 * c, target + 32 * out.itemsize * (8 * b + 2 * c)
+                    store_parts(kind, table, (scale[r, g], offset[r, g]), (codes, 0, 15), to)
+                    to += 32 * out.itemsize
+                    store_parts(kind, table, (scale[r, g + 1], offset[r, g + 1]), (codes, 4, 15), to)
+                continue
+            for h in range(2):
+                for k in range(4):
+                    to, g = target + 32 * out.itemsize * (8 * b + 4 * h + k), each * (8 * b + 4 * h + k)
+                    scales = (scale[r, g], offset[r, g], scale[r, g + each - 1], offset[r, g + each - 1])
+                    if bits == 2:
+                        store_parts(kind, table, scales, (place + 16 + 32 * h, 2 * k, 3), to)
+                    elif bits == 3:
+                        parts = (place + 32 + 32 * h, 2 * k, 3, place, 4 * h + k, 1, 2)
+                        store_parts(kind, table, scales, parts, to)
+                    elif bits == 5:
+                        parts = (place + 48 + 32 * (2 * h + k // 2), 4 * (k % 2), 15, place + 16, 4 * h + k, 1, 4)
+                        store_parts(kind, table, scales, parts, to)
+                    else:
+                        low, high = place + 64 * h + 32 * (k % 2), place + 128 + 32 * h
+                        store_parts(kind, table, scales, (low, 4 * (k // 2), 15, high, 2 * k, 3, 4), to)
 
 
-@njit(parallel=True, cache=True)
-def _k_bfloat16(raw, scale, offset, bits, n, out):
-    for r in prange(raw.shape[0]):
-        w = np.empty(256, np.float32)
-        u = w.view(np.uint32)
-        for b in range(raw.shape[1]):
-            g = slice(n * b, n * b + n)
-            _block_k(bits, raw[r, b], scale[r, g], offset[r, g], w)
-            round_bfloat16(u, out[r, 256 * b : 256 * b + 256])
+def _counts(bits: int, zero: int = 0) -> np.ndarray:
+    return np.arange(1 << bits, dtype=np.float32) - zero
 
 
-@njit(inline="always")
-def _block_mlx4(raw, r, g, at, s, o, w):
-    for j in range(raw.shape[2] - at):
-        byte = raw[r, g, at + j]
-        w[2 * j] = s * np.float32(byte & 15) + o
-        w[2 * j + 1] = s * np.float32(byte >> 4) + o
-
-
-@njit(inline="always")
-def _block_mlx(raw, r, g, at, bits, s, o, w):
-    mask = np.uint64((1 << bits) - 1)
-    for chunk in range(len(w) // 8):
-        word = np.uint64(0)
-        for j in range(bits):
-            word |= np.uint64(raw[r, g, at + bits * chunk + j]) << np.uint64(8 * j)
-        for j in range(8):
-            w[8 * chunk + j] = s * np.float32((word >> np.uint64(bits * j)) & mask) + o
-
-
-@njit(parallel=True, cache=True)
-def _mlx4_float32(raw, scale, offset, at, n, out):
-    for r in prange(raw.shape[0]):
-        for g in range(raw.shape[1]):
-            _block_mlx4(raw, r, g, at, scale[r, g], offset[r, g], out[r, n * g : n * g + n])
-
-
-@njit(parallel=True, cache=True)
-def _mlx4_bfloat16(raw, scale, offset, at, n, out):
-    for r in prange(raw.shape[0]):
-        w = np.empty(n, np.float32)
-        bits = w.view(np.uint32)
-        for g in range(raw.shape[1]):
-            _block_mlx4(raw, r, g, at, scale[r, g], offset[r, g], w)
-            round_bfloat16(bits, out[r, n * g : n * g + n])
-
-
-@njit(parallel=True, cache=True)
-def _mlx_float32(raw, scale, offset, at, n, width, out):
-    for r in prange(raw.shape[0]):
-        for g in range(raw.shape[1]):
-            _block_mlx(raw, r, g, at, width, scale[r, g], offset[r, g], out[r, n * g : n * g + n])
-
-
-@njit(parallel=True, cache=True)
-def _mlx_bfloat16(raw, scale, offset, at, n, width, out):
-    for r in prange(raw.shape[0]):
-        w = np.empty(n, np.float32)
-        bits = w.view(np.uint32)
-        for g in range(raw.shape[1]):
-            _block_mlx(raw, r, g, at, width, scale[r, g], offset[r, g], w)
-            round_bfloat16(bits, out[r, n * g : n * g + n])
-
-
-def _mlx_kernels(name: str) -> tuple:
-    """The row of `_KERNELS` for one of MLX's combinations, such as MLX4-G64-BF16."""
-    bits, group, stored = name.removeprefix("MLX").split("-")
-    n, at = int(group[1:]), 8 if stored == "F32" else 4
-    if bits == "4":
-        return _mlx4_float32, _mlx4_bfloat16, n, at, n
-    return _mlx_float32, _mlx_bfloat16, n, at, n, int(bits)
-
-
-@njit(inline="always")
-def _block_nf4(raw, s, at, values, w):
-    for j in range(32):
-        byte = raw[at + j]
-        w[2 * j] = values[byte >> 4] * s
-        w[2 * j + 1] = values[byte & 15] * s
-
-
-@njit(parallel=True, cache=True)
-def _nf4_float32(raw, scale, offset, at, values, out):  # noqa: ARG001 (one signature for all)
-    for r in prange(raw.shape[0]):
-        for g in range(raw.shape[1]):
-            _block_nf4(raw[r, g], scale[r, g], at, values, out[r, g * 64 : g * 64 + 64])
-
-
-@njit(parallel=True, cache=True)
-def _nf4_bfloat16(raw, scale, offset, at, values, out):  # noqa: ARG001
-    for r in prange(raw.shape[0]):
-        w = np.empty(64, np.float32)
-        bits = w.view(np.uint32)
-        for g in range(raw.shape[1]):
-            _block_nf4(raw[r, g], scale[r, g], at, values, w)
-            round_bfloat16(bits, out[r, g * 64 : g * 64 + 64])
-
-
-_KERNELS = {  # format -> kernels for float32 and bfloat16, weights of a block, and what else they take
-    "Q4_0": (_q4_float32, _q4_bfloat16, 32, 8, 2),  # the code of zero, and the byte at which codes begin
-    "Q4_1": (_q4_float32, _q4_bfloat16, 32, 0, 4),
-    "Q5_0": (_q5_float32, _q5_bfloat16, 32, 16, 2),
-    "Q5_1": (_q5_float32, _q5_bfloat16, 32, 0, 4),
-    "Q8_0": (_q8_float32, _q8_bfloat16, 32, 0, 2),
-    "IQ4_NL": (_iq4nl_float32, _iq4nl_bfloat16, 32, np.array(IQ4_NL_VALUES, np.float32)),
-    "NF4": (_nf4_float32, _nf4_bfloat16, 64, 4, np.array(NF4_VALUES, np.float32)),
-    "NF4-DQ": (_nf4_float32, _nf4_bfloat16, 64, 1, np.array(NF4_VALUES, np.float32)),
-    "Q2_K": (_k_float32, _k_bfloat16, 256, 2, 16),  # bits of a code, and groups of a block
-    "Q3_K": (_k_float32, _k_bfloat16, 256, 3, 16),
-    "Q4_K": (_k_float32, _k_bfloat16, 256, 4, 8),
-    "Q5_K": (_k_float32, _k_bfloat16, 256, 5, 8),
-    "Q6_K": (_k_float32, _k_bfloat16, 256, 6, 16),
+_FORMATS = {  # format -> kernel, weights of a block, what the codes stand for, and the byte at which they begin
+    "Q4_0": (_groups, 32, _counts(4, 8), 2),
+    "Q4_1": (_groups, 32, _counts(4), 4),
+    "Q5_0": (_groups, 32, _counts(5, 16), 2),
+    "Q5_1": (_groups, 32, _counts(5), 4),
+    "Q8_0": (_groups, 32, _counts(8, 128), 2),
+    "IQ4_NL": (_groups, 32, np.array(IQ4_NL_VALUES, np.float32), 2),
+    "NF4": (_high_first, 64, np.array(NF4_VALUES, np.float32), 4),
+    "NF4-DQ": (_high_first, 64, np.array(NF4_VALUES, np.float32), 1),
+    "Q2_K": (_k, 256, _counts(2), 2),  # bits of a code instead
+    "Q3_K": (_k, 256, _counts(3, 4), 3),
+    "Q4_K": (_k, 256, _counts(4), 4),
+    "Q5_K": (_k, 256, _counts(5), 5),
+    "Q6_K": (_k, 256, _counts(6, 32), 6),
 }
-_NO_SCALES = np.empty((0, 0), np.float32)
+_MLX_COUNTS = {bits: _counts(bits) for bits in (2, 3, 4, 5, 6, 8)}
+
+
+def _mlx(name: str) -> tuple:
+    """The row of `_FORMATS` for one of MLX's combinations, such as MLX4-G64-BF16, with the bits of a code."""
+    bits, group, stored = name.removeprefix("MLX").split("-")
+    return _in_a_row, int(group[1:]), _MLX_COUNTS[int(bits)], 8 if stored == "F32" else 4, int(bits)
+
+
+def _table(values: np.ndarray, dtype: torch.dtype) -> int | np.float32:
+    """How a kernel is told what codes stand for."""
+    counts_steps = values[-1] - values[0] == len(values) - 1
+    if counts_steps and not (dtype == torch.bfloat16 and len(values) == 16 and permutes()):
+        return np.float32(-values[0])
+    return values.ctypes.data

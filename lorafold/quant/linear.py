@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafold.kernels import block, products
+from lorafold.kernels.compiled import empty
 from lorafold.quant.again import once_differentiable, to_keep
 from lorafold.quant.weight import QuantizedWeight, StackedWeight
 
@@ -62,14 +63,21 @@ def multiply(x: Tensor, weight: Tensor, transposed: bool, branch: tuple[Tensor, 
     """
     usable = products.usable(x, weight)
     if branch is None:
-        if usable:
-            return products.multiply(x, weight, transposed)
-        return F.linear(x, weight) if transposed else x @ weight
+        return products.multiply(x, weight, transposed) if usable else _product(x, weight, transposed)
     e, f, s = branch
     if usable:
         return products.multiply(x, weight, transposed, (e, (s * f).to(e.dtype)))
-    y = F.linear(x, weight) if transposed else x @ weight
-    return y.addmm_(e, (f.t() if transposed else f).to(e.dtype), alpha=s)
+    return _product(x, weight, transposed).addmm_(e, (f.t() if transposed else f).to(e.dtype), alpha=s)
+
+
+def _product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """By torch, on a CPU into memory that glibc finds again (see `empty`)."""
+    w = weight.t() if transposed else weight
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return x @ w
+    y = empty(*x.shape[:-1], w.shape[1], dtype=x.dtype)
+    torch.mm(x.reshape(-1, x.shape[-1]), w, out=y.view(-1, w.shape[1]))
+    return y
 
 
 def multiply_into(x: Tensor, weight: Tensor, room: Tensor) -> Tensor:
