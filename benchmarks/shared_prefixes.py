@@ -24,11 +24,11 @@ import torch
 from lorafold.adapters.adapted import parameters_once
 from lorafold.adapters.inject import inject
 from lorafold.config import AdapterSpec
-from lorafold.data.packs import micro_batches, pack
+from lorafold.data.packs import micro_batches
 from lorafold.data.rows import Example
 from lorafold.data.templates import render_prompt
 from lorafold.data.tokens import Tokens, tokenize
-from lorafold.evals.loss import SHARED, WHOLE, pack_loss
+from lorafold.evals.loss import SHARED, pack_loss, packed
 from lorafold.models.load import LoadedModel, compute_dtype, load
 from lorafold.train.loop import MICRO_BATCH_TOKENS
 
@@ -64,7 +64,7 @@ def step_seconds(loaded: LoadedModel, rows: Sequence[Tokens], shared: int | None
     ordered = sorted(rows, key=lambda row: row.ids) if shared is not None else list(rows)
     with parameters_once(loaded.model):
         for group in micro_batches(ordered, MICRO_BATCH_TOKENS, loaded.row_align, shared):
-            batch = pack(group, loaded.row_align, shared, WHOLE)
+            batch = packed(loaded, group, shared)
             loss = pack_loss(loaded, batch)
             loss.backward()
             total, tokens = total + float(loss.detach()), tokens + len(batch.ids)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
-from lorafold.data.packs import micro_batches, pack
+from lorafold.data.packs import micro_batches
 from lorafold.data.tokens import Tokens
-from lorafold.evals.loss import CHUNK, SHARED, WHOLE, hidden_states, logits_of
+from lorafold.evals.loss import CHUNK, SHARED, hidden_states, logits_of, packed
 from lorafold.models.load import LoadedModel
 
 _TOGETHER = 16  # questions, whose rows share packs
@@ -22,7 +22,7 @@ def row_losses(loaded: LoadedModel, rows: Sequence[Tokens], max_tokens: int = 10
     assert head is not None
     results: list[tuple[float, int]] = []
     for group in micro_batches(rows, max_tokens, loaded.row_align, SHARED):
-        batch = pack(group, loaded.row_align, SHARED, WHOLE).to(loaded.device)
+        batch = packed(loaded, group, SHARED)
         hidden = hidden_states(loaded, batch)
         losses = torch.cat(
             [

@@ -10,7 +10,8 @@ as the loss, chunk by chunk, and the logits are gone before the next chunk.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ from lorafold.data.packs import Pack, micro_batches, pack
 from lorafold.data.tokens import Tokens
 from lorafold.kernels.choice import kernels_for
 from lorafold.models.load import LoadedModel
-from lorafold.quant.linear import QuantLinear, multiply_into
+from lorafold.quant.linear import QuantLinear, decoded, multiply_into
 
-WHOLE = 64  # the tokens of a pack are rounded up to this, see `pack`
+WHOLE = 64  # the tokens of a pack are rounded up to this at most, see `packed`
 SHARED = TrainingConfig.shared_prefix_tokens  # tokens in common that stand once, see `pack`
 CHUNK = 256  # supervised positions whose logits exist at once: 256 x V x 2 bytes
+_BLOCK = 8192  # rows of a packed head that are decoded at once in float32, where all of them take much memory
 _FEW = 32  # the last chunk is filled up to a multiple of this: few shapes of matrices, see `pack`
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config keys of heads that do more
 
@@ -45,21 +47,39 @@ def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     return losses[:, 0]
 
 
+@dataclass(frozen=True)
+class Head:
+    """A frozen matrix [V, H], in blocks of rows that are good until the next."""
+
+    rows: int
+    blocks: Callable[[], Iterable[tuple[slice, Tensor]]]
+
+    @staticmethod
+    def of(weight: Tensor) -> Head:
+        """A dense one."""
+        return Head(len(weight), lambda: [(slice(0, len(weight)), weight)])
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        room = hidden.new_empty(min(CHUNK, -(-len(targets) // _FEW) * _FEW), len(weight))
+        room = hidden.new_empty(min(CHUNK, -(-len(targets) // _FEW) * _FEW), head.rows)
         for start in range(0, len(targets), CHUNK):
             here = slice(start, start + CHUNK)
             rows = len(targets[here])
             part, target = F.pad(hidden[here], (0, 0, 0, -rows % _FEW)), F.pad(targets[here], (0, -rows % _FEW))
-            logits = multiply_into(part, weight, room[: len(part)])
+            logits = room[: len(part)]
+            for block, weight in head.blocks():
+                multiply_into(part, weight, logits[:, block])
             losses = _cross_entropy_(logits, target, grad is not None)
             total += losses[:rows].sum()
             if grad is not None:
-                grad[here] = (logits @ weight)[:rows]
+                part.zero_()
+                for block, weight in head.blocks():
+                    part.addmm_(logits[:, block], weight)
+                grad[here] = part[:rows]
         ctx.save_for_backward(grad)
         return total
 
@@ -83,30 +103,56 @@ def hidden_states(loaded: LoadedModel, batch: Pack) -> Tensor:
 
 @contextlib.contextmanager
 def head_once(loaded: LoadedModel) -> Iterator[None]:
-    """Inside, a packed head is decoded once and serves every pack."""
-    loaded.head_weight = _frozen_head(loaded)
+    """Inside, a packed head that is decoded as a whole is decoded once and serves every pack."""
+    head = loaded.model.get_output_embeddings()
+    if _is_frozen(loaded, head) and isinstance(head, QuantLinear) and not _in_blocks(loaded, head):
+        loaded.head_weight = head.packed.decode(loaded.dtype)
     try:
         yield
     finally:
         loaded.head_weight = None
 
 
-def _frozen_head(loaded: LoadedModel) -> Tensor | None:
-    """The weight of a head that is a frozen matrix and nothing more."""
-    config, head = loaded.model.config, loaded.model.get_output_embeddings()
+def _is_frozen(loaded: LoadedModel, head: nn.Module | None) -> bool:
+    """Whether a head is a frozen matrix and nothing more."""
     if not isinstance(head, nn.Linear | QuantLinear) or any(p.requires_grad for p in head.parameters()):
+        return False
+    return head.bias is None and not any(getattr(loaded.model.config, key, None) for key in _LOGIT_CHANGES)
+
+
+def _in_blocks(loaded: LoadedModel, head: QuantLinear) -> bool:
+    return loaded.dtype == torch.float32 and head.blocks.device.type == "cpu" and head.extra is None
+
+
+def _frozen_head(loaded: LoadedModel) -> Head | None:
+    """A head that is a frozen matrix and nothing more."""
+    head = loaded.model.get_output_embeddings()
+    if not _is_frozen(loaded, head):
         return None
-    if head.bias is not None or any(getattr(config, key, None) for key in _LOGIT_CHANGES):
-        return None
-    return head.packed.decode(loaded.dtype) if isinstance(head, QuantLinear) else head.weight
+    if not isinstance(head, QuantLinear):
+        assert isinstance(head, nn.Linear)
+        return Head.of(head.weight)
+    if not _in_blocks(loaded, head):
+        return Head.of(head.packed.decode(loaded.dtype) if loaded.head_weight is None else loaded.head_weight)
+    packed, places = head.packed, [slice(at, at + _BLOCK) for at in range(0, head.out_features, _BLOCK)]
+    return Head(head.out_features, lambda: ((here, decoded(packed.rows(here), loaded.dtype)) for here in places))
+
+
+def packed(loaded: LoadedModel, rows: Sequence[Tokens], shared: int | None = None) -> Pack:
+    """Rows as the model takes them, where it lies; `shared` as in `pack`.
+
+    Their tokens are rounded up: a library compiles and keeps something for each size of a product, but not in float32
+    on a CPU, where few are added.
+    """
+    few = loaded.dtype == torch.float32 and loaded.device.type == "cpu"
+    return pack(rows, loaded.row_align, shared, WHOLE // 4 if few else WHOLE).to(loaded.device)
 
 
 def pack_loss(loaded: LoadedModel, batch: Pack) -> Tensor:
     """Sum of the cross-entropies (nats) of a pack's targets, differentiable."""
-    weight = _frozen_head(loaded) if loaded.head_weight is None else loaded.head_weight
-    hidden = hidden_states(loaded, batch)
-    if weight is not None:
-        total: Tensor = _FrozenHeadLoss.apply(hidden, weight, batch.targets)  # type: ignore[assignment]
+    frozen, hidden = _frozen_head(loaded), hidden_states(loaded, batch)
+    if frozen is not None:
+        total: Tensor = _FrozenHeadLoss.apply(hidden, frozen, batch.targets)  # type: ignore[assignment]
         return total
     head = loaded.model.get_output_embeddings()
     assert head is not None
@@ -164,7 +210,7 @@ def loss_sum(
     total, count = torch.zeros((), dtype=torch.float64, device=loaded.device), 0
     with head_once(loaded):
         for group in micro_batches(rows, max_tokens, loaded.row_align, shared):
-            batch = pack(group, loaded.row_align, shared, WHOLE).to(loaded.device)
+            batch = packed(loaded, group, shared)
             total += pack_loss(loaded, batch)
             count += len(batch.targets)
             if progress:

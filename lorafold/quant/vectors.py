@@ -77,7 +77,8 @@ def _halves(builder: Any, codes: Any) -> Any:
 def _as_words(builder: Any, codes: Any) -> Any:
     """Codes as 32 words."""
     if isinstance(codes, list):
-        return _mix(builder, *(builder.trunc(half, WORDS) for half in codes), range(32))
+        first, second = (builder.trunc(half, WORDS) for half in codes)
+        return _mix(builder, first, second, range(32))
     return builder.zext(codes, _WORDS)
 
 
@@ -97,12 +98,13 @@ def _entries(builder: Any, entries: Any, codes: Any) -> Any:
             entry = everywhere(builder, builder.extract_element(entries, INT(code))).value
             found = builder.select(builder.icmp_unsigned("==", codes, _splat(BITS, code)), entry, found)
         return found
-    eight, low, high = [], *(_mix(builder, entries, entries, range(at, at + 8)) for at in (0, 8))
+    low, high = (_mix(builder, entries, entries, range(at, at + 8)) for at in (0, 8))
+    found = []
     for at in (0, 8):
         here = _mix(builder, codes, codes, range(at, at + 8))
-        first, second = (_call(builder, "llvm.x86.avx2.permps", half.type, half, here) for half in (low, high))
-        eight.append(builder.select(builder.icmp_unsigned("<", here, _splat(here.type, 8)), first, second))
-    return _mix(builder, *eight, range(16))
+        either = [_call(builder, "llvm.x86.avx2.permps", half.type, half, here) for half in (low, high)]
+        found.append(builder.select(builder.icmp_unsigned("<", here, _splat(here.type, 8)), *either))
+    return _mix(builder, found[0], found[1], range(16))
 
 
 def _low(builder: Any, packed: Any) -> Any:

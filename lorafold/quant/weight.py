@@ -52,10 +52,11 @@ class QuantizedWeight:
             scale = self.format.nested_scale(self.blocks, self.extra)
         return self.format.decode(self.blocks, dtype, offset, scale, room)
 
-    def rows(self, index: Tensor) -> QuantizedWeight:
+    def rows(self, index: Tensor | slice) -> QuantizedWeight:
         """The matrix with rows taken in the order of `index` [n]; groups run along a row, so they stay whole."""
         assert self.extra is None
-        return QuantizedWeight(self.codec, (index.numel(), self.shape[1]), self.blocks[index])
+        blocks = self.blocks[index]
+        return QuantizedWeight(self.codec, (len(blocks), self.shape[1]), blocks)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same bytes on another device."""

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from lorafold.adapters.adapted import parameters_once
-from lorafold.data.packs import pack
 from lorafold.data.tokens import Tokens
 from lorafold.errors import DataError, TrainingError
-from lorafold.evals.loss import WHOLE, pack_loss
+from lorafold.evals.loss import WHOLE, pack_loss, packed
 from lorafold.models.attention import KEPT_TOKENS
 from lorafold.models.heap import free_at_once
 from lorafold.models.load import LoadedModel
@@ -135,7 +134,7 @@ def _to_try(loaded: LoadedModel, rows: Sequence[Tokens]) -> list[Tokens]:
 
 def _probe(loaded: LoadedModel, rows: Sequence[Tokens]) -> int:
     """A forward and backward pass; its tokens."""
-    batch = pack(rows, loaded.row_align, None, WHOLE).to(loaded.device)
+    batch = packed(loaded, rows)
     pack_loss(loaded, batch).backward()
     return len(batch.ids)
 

@@ -23,11 +23,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from lorafold.adapters.adapted import parameters_once
 from lorafold.adapters.ranks import MovingRanks
 from lorafold.config import TrainingConfig
-from lorafold.data.packs import micro_batches, pack
+from lorafold.data.packs import micro_batches
 from lorafold.data.stream import RowStream, row_batches
 from lorafold.data.tokens import Tokens
 from lorafold.errors import ConfigError, TrainingError
-from lorafold.evals.loss import WHOLE, head_once, pack_loss
+from lorafold.evals.loss import head_once, pack_loss, packed
 from lorafold.models.heap import free_at_once, keep_freed_memory
 from lorafold.models.load import LoadedModel
 from lorafold.train.budget import Plan, check_fits, checkpointed, plan_within
@@ -35,6 +35,7 @@ from lorafold.train.distributed import ALONE, Workers
 from lorafold.train.schedule import learning_rate_at
 
 MICRO_BATCH_TOKENS = 1024  # where nobody says more
+_MICRO_BATCH_TOKENS_FLOAT32 = 704  # what is kept takes twice the memory
 LARGEST_MICRO_BATCH = 4096  # tokens, within a given memory; larger ones are no faster
 
 
@@ -87,7 +88,8 @@ def plan_step(loaded: LoadedModel, rows: Sequence[Tokens] | RowStream, config: T
         TrainingError: the longest row does not fit the memory that is allowed.
     """
     if config.memory_bytes is None:
-        return Plan(config.micro_batch_tokens or MICRO_BATCH_TOKENS, config.gradient_checkpointing)
+        usual = _MICRO_BATCH_TOKENS_FLOAT32 if loaded.dtype == torch.float32 else MICRO_BATCH_TOKENS
+        return Plan(config.micro_batch_tokens or usual, config.gradient_checkpointing)
     most = config.micro_batch_tokens or LARGEST_MICRO_BATCH
     known = rows.sample if isinstance(rows, RowStream) else rows
     return plan_within(config.memory_bytes, loaded, known, most, config.gradient_checkpointing)
@@ -224,11 +226,11 @@ def _add_gradients(
     losses: list[Tensor] = []
     with once, head_once(loaded):
         for group in groups:
-            loss = pack_loss(loaded, pack(group, loaded.row_align, shared, WHOLE).to(loaded.device))
+            loss = pack_loss(loaded, packed(loaded, group, shared))
             losses.append(loss.detach())
             (loss / supervised).backward()
         for _ in range(idle):
-            (0 * pack_loss(loaded, pack(batch[:1], loaded.row_align, None, WHOLE).to(loaded.device))).backward()
+            (0 * pack_loss(loaded, packed(loaded, batch[:1]))).backward()
         values = torch.stack(losses).tolist() if losses else []  # not one by one: a GPU would be waited for each time
         for value, group in zip(values, groups, strict=True):
             if not math.isfinite(value):
@@ -260,7 +262,7 @@ def drops_out(model: nn.Module) -> bool:
 @torch.no_grad()
 def _culprits(loaded: LoadedModel, group: Sequence[Tokens]) -> str:
     """Which rows of a micro-batch have a loss that is not finite."""
-    bad = [row for row in group if not math.isfinite(float(pack_loss(loaded, pack([row]).to(loaded.device))))]
+    bad = [row for row in group if not math.isfinite(float(pack_loss(loaded, packed(loaded, [row]))))]
     return _rows(bad or group)
 
 

@@ -20,7 +20,6 @@ from lorafold.adapters.adapted import parameters_once
 from lorafold.adapters.whole import head
 from lorafold.data.batches import by_length, fill_up
 from lorafold.data.labels import Labelled
-from lorafold.data.packs import pack
 from lorafold.data.pairs import Pair
 from lorafold.data.tags import Tagged
 from lorafold.data.tokens import Tokens
@@ -28,7 +27,7 @@ from lorafold.evals.classes import scores
 from lorafold.evals.embed import embed
 from lorafold.evals.entities import tag_scores
 from lorafold.evals.figures import Figures
-from lorafold.evals.loss import WHOLE, hidden_states
+from lorafold.evals.loss import hidden_states, packed
 from lorafold.evals.retrieval import RetrievalScores, candidates_of, retrieval, scaled_cosines
 from lorafold.models.load import LoadedModel
 from lorafold.models.transformers_folder import positions
@@ -184,6 +183,6 @@ def _logits_end_to_end(
     for row, wanted in zip(rows, places, strict=True):
         after = {place + 1 for place in wanted}  # a hidden state is asked for by the token that follows
         ended.append(Tokens([*row.ids, 0], [i in after for i in range(len(row) + 1)], row.row))
-    hidden = hidden_states(loaded, pack(ended, loaded.row_align, None, WHOLE).to(loaded.device))
+    hidden = hidden_states(loaded, packed(loaded, ended))
     (name,) = head(loaded.model)
     return loaded.model.get_submodule(name)(hidden).float()

@@ -24,7 +24,7 @@ def test_frozen_head_loss_equals_autograd(positions: int) -> None:
     """Sum and gradient, around the borders of a chunk of 128; scaled as a step scales it."""
     hidden = torch.randn(positions, 16, dtype=torch.float32, requires_grad=True)
     weight, targets = torch.randn(50, 16), torch.randint(0, 50, (positions,))
-    total = loss._FrozenHeadLoss.apply(hidden, weight, targets)
+    total = loss._FrozenHeadLoss.apply(hidden, loss.Head.of(weight), targets)
     (total / 7).backward()
     twin = hidden.detach().double().requires_grad_()
     expected = F.cross_entropy(twin @ weight.double().T, targets, reduction="sum")
@@ -38,7 +38,7 @@ def test_frozen_head_loss_in_bfloat16() -> None:
     averages out over positions; gradients come rounded to 2^-8 of themselves."""
     hidden = torch.randn(200, 16).bfloat16().requires_grad_()
     weight, targets = torch.randn(50, 16).bfloat16(), torch.randint(0, 50, (200,))
-    total = loss._FrozenHeadLoss.apply(hidden, weight, targets)
+    total = loss._FrozenHeadLoss.apply(hidden, loss.Head.of(weight), targets)
     assert total.dtype == torch.float32
     total.backward()
     assert hidden.grad.dtype == torch.bfloat16
@@ -51,7 +51,7 @@ def test_frozen_head_loss_in_bfloat16() -> None:
 
 def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
     with torch.no_grad():
-        total = loss._FrozenHeadLoss.apply(torch.randn(5, 16), torch.randn(9, 16), torch.arange(5))
+        total = loss._FrozenHeadLoss.apply(torch.randn(5, 16), loss.Head.of(torch.randn(9, 16)), torch.arange(5))
     assert not total.requires_grad
 
 
@@ -97,6 +97,48 @@ def adapted(tiny_file: Callable[..., Path]) -> LoadedModel:
     inject(loaded.model, AdapterSpec("lora", r=2))
     lora_like(loaded.model)
     return loaded
+
+
+@pytest.mark.parametrize("block", [7, 64, 4096])
+@pytest.mark.parametrize("codec", ["Q4_1", "Q8_0"])
+def test_a_head_in_blocks(
+    tiny_file: Callable[..., Path], codec: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 a packed head is decoded some rows at a time; the loss and gradients are those of the whole one."""
+    loaded = load(tiny_file("llama", codec, tied=False))
+    inject(loaded.model, AdapterSpec("lora", r=2))
+    lora_like(loaded.model)
+    monkeypatch.setattr(loss, "_BLOCK", block)
+    sizes = []
+    monkeypatch.setattr(loss, "decoded", lambda weight, dtype: sizes.append(weight.shape[0]) or weight.decode(dtype))
+    parameters = [p for p in loaded.model.parameters() if p.requires_grad]
+    batch, head = pack(token_rows(4, longest=60)), loaded.model.lm_head
+    with loss.head_once(loaded):
+        assert loaded.head_weight is None
+        total = pack_loss(loaded, batch)
+    ours = torch.autograd.grad(total, parameters)
+    assert max(sizes) == min(block, head.out_features)
+    assert sum(sizes) == 2 * head.out_features  # for the logits and for their gradient
+    whole = loss.Head.of(head.packed.decode(torch.float32))
+    expected = loss._FrozenHeadLoss.apply(hidden_states(loaded, batch), whole, batch.targets)
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+    for a, b in zip(ours, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))  # sums in another order
+
+
+def test_a_head_in_bfloat16_is_decoded_once(tiny_file: Callable[..., Path]) -> None:
+    loaded = load(tiny_file("llama", "Q4_1"), torch.bfloat16)
+    with loss.head_once(loaded):
+        assert torch.equal(loaded.head_weight, loaded.model.get_output_embeddings().packed.decode(torch.bfloat16))
+    assert loaded.head_weight is None
+
+
+@pytest.mark.parametrize(("dtype", "whole"), [(torch.float32, 16), (torch.bfloat16, 64)])
+def test_packs_are_filled_up(tiny_file: Callable[..., Path], dtype: torch.dtype, whole: int) -> None:
+    """By few tokens where no library compiles something for each size of a product."""
+    loaded, rows = load(tiny_file("llama", "Q4_1"), dtype), token_rows(3)
+    tokens = sum(-(-len(row) // loaded.row_align) * loaded.row_align for row in rows)
+    assert len(loss.packed(loaded, rows).ids) == -(-tokens // whole) * whole
 
 
 @pytest.mark.parametrize(

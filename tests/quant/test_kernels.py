@@ -94,7 +94,7 @@ def test_other_cases_go_to_torch() -> None:
     assert not kernels.usable("Q4_1", blocks.to("meta"), torch.float32)
 
 
-EVERY = sorted(GGUF_CODECS) + ["NF4", "NF4-DQ", "MLX4-G32-F32", "MLX4-G128-BF16"]
+EVERY = [*sorted(GGUF_CODECS), "NF4", "NF4-DQ", "MLX4-G32-F32", "MLX4-G128-BF16"]
 EVERY += [f"MLX{bits}-G64-F16" for bits in (2, 3, 5, 6, 8)]
 
 
