@@ -3,7 +3,7 @@
     python benchmarks/bits_methods.py --task gsm8k --train gsm8k/train.jsonl.gz --test gsm8k/test.jsonl.gz -o DIR
     python benchmarks/bits_methods.py --task arc --train ARC-Easy.train.jsonl.gz --test ARC-Easy.test.jsonl.gz -o DIR
 
-`--quick` is one seed, one learning rate, 3 and 2 bits, and few rows. `--model` takes a transformers folder in 16 or 32
+`--quick` is one seed, one learning rate, 2 bits, and few rows. `--model` takes a transformers folder in 16 or 32
 bits, or a GGUF file, which is decoded to float16 for the dense base; without it SmolLM2-135M-Instruct in Q4_1 is. Rows
 of the table:
 
@@ -54,7 +54,6 @@ from lorafold.runs.quantize import quantize_model
 from lorafold.runs.start import start
 
 GROUPS = {4: 64, 3: 32, 2: 32}
-CALIBRATION_ROWS = 64
 VALIDATION_ROWS = 100
 LORA_RATE = 4e-3  # the best of four in docs/results/gsm8k.md; it does not depend on the bits that follow
 BASE = "base, GPTQ"
@@ -126,7 +125,8 @@ class Table:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self.folder / "results.json"
         self.results: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        settings = f"{args.task} {args.train.name} {args.test.name} {args.rows} {args.eval_rows} {args.model or ''}"
+        counts = f"{args.rows} {args.eval_rows} {args.calibration_rows}"
+        settings = f"{args.task} {args.train.name} {args.test.name} {counts} {args.model or ''}"
         note = self.folder / "settings.txt"
         if note.exists() and note.read_text() != settings:
             raise SystemExit(f"{self.folder} holds results of {note.read_text()}, not of {settings}; choose another")
@@ -192,7 +192,7 @@ class Table:
             rows = None
             if options.get("method") == "gptq":
                 config = RowsConfig(self.rows, template=TEMPLATES[self.args.task], supervise="all")
-                rows = all_rows(config, loaded.tokenizer).rows[:CALIBRATION_ROWS]
+                rows = all_rows(config, loaded.tokenizer).rows[: self.args.calibration_rows]
             quantize_model(loaded, rows, QuantizeConfig(**options), path, lambda _: None)
 
         return self.made(name, make)
@@ -328,16 +328,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a transformers folder in 16 or 32 bits, or a GGUF file")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--eval-rows", type=int, default=200)
+    parser.add_argument("--calibration-rows", type=int, default=64, help="of the training rows, for GPTQ")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], choices=[2, 3, 4])
     parser.add_argument("--rates", type=int, default=2, help="how many learning rates each row tries, at most 2")
     parser.add_argument("--lora-rates", type=float, nargs="*", default=[LORA_RATE])
     parser.add_argument(
-        "--quick", action="store_true", help="one seed and rate, 3 and 2 bits, 120 training and 60 test rows"
+        "--quick", action="store_true", help="one seed and rate, 2 bits, 80 rows to train, 60 to test, 32 to calibrate"
     )
     args = parser.parse_args()
     if args.quick:
-        args.rows, args.eval_rows, args.seeds, args.bits, args.rates = 120, 60, args.seeds[:1], [3, 2], 1
+        args.rows, args.eval_rows, args.calibration_rows = 80, 60, 32
+        args.seeds, args.bits, args.rates = args.seeds[:1], [2], 1
     table = Table(args)
     table.fill()
     print(table.markdown())

@@ -38,7 +38,7 @@ SAME_LOSS = 0.02  # bf16 on both sides, and TRL keeps its norms and adapters in 
 PROFILED = 4  # steps
 PARTS = {
     "base weights: decoding and products": ("_PackedMatmul", "_PackedMatmulBackward"),
-    "gradient of the head, adapters: products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "gradient of the head, adapters: products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
     "attention": ("_PackAttention", "_PackAttentionBackward"),
     "gated activation": ("_SwiGLU", "_SwiGLUBackward", "_StackedSwiGLU", "_StackedSwiGLUBackward"),
     "norms": ("_RMSNormFunction", "_RMSNormFunctionBackward"),

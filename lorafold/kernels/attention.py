@@ -28,6 +28,7 @@ from lorafold.kernels.rows import add_row, clear, rotate_row, scaled_row, softma
 _FLOAT = np.float32(0)  # the kind of rows between
 _QUERIES = 36  # at a time, a multiple of 6
 _MANY_TASKS = 24  # segments times key heads
+_PARTS = 16  # of a pack, at most, each with its own sums of gradients
 _DEPTH = 256  # most keys of one product with values, which lie in the first cache
 
 
@@ -140,9 +141,12 @@ def _forward(qkv, heads, group, each, tables, pack, tasks, scale, window, rooms,
 
 @njit(cache=True)
 def _attend_backward(
-    segment, first_head, each, heads, qkv, found, dy, tables, pack, scale, window, room, d_qkv, d_keys, d_values
+    segment, first_head, each, heads, qkv, found, dy, tables, pack, scale, window, room, d_qkv, places, dk, dv
 ):
-    """The gradients of one segment and `each` query heads: of queries, and at addresses its shares in those of keys."""
+    """The gradients of one segment and `each` query heads: of queries, and its shares in those of keys.
+
+    The shares are added to what stands at the addresses dk and dv; `places` are the rows there of the path's segments.
+    """
     path, tokens = path_of(segment, pack)
     width, size = tables[0].shape[1], _up(tokens, 48)
     group = columns(qkv, width, 0, heads)[0]
@@ -151,7 +155,8 @@ def _attend_backward(
     stride, base = 4 * size + 64, room.ctypes.data
     _gather(path, pack, qkv, key, tables, True, size, room, 3 * step, 0, step)
     _gather(path, pack, qkv, value, tables, False, size, room, 3 * step, 2 * step, -1)
-    keys, keys_along, values, queries = base, base + 4 * step, base + 8 * step, base + 12 * step
+    keys, keys_along, values, queries = base, base + 4 * step, base + 8 * step, base + 20 * step
+    d_keys, d_values = base + 12 * step, base + 16 * step
     given = queries + 4 * _QUERIES * width
     sums = given + 4 * _QUERIES * width
     p = sums + 4 * _QUERIES * width
@@ -186,24 +191,33 @@ def _attend_backward(
             at = 4 * low * width
             product(d, 4, stride, seen_keys, queries, 4 * width, 64, width, m, d_keys + at, 4 * width, True)
             product(p, 4, stride, seen_keys, given, 4 * width, 64, width, m, d_values + at, 4 * width, True)
+    for s, place in zip(path, places):  # noqa: B905 (numba knows no other)
+        many, to = pack[1][s] * width, 4 * width * place
+        add_row(d_keys, many, dk + to)
+        add_row(d_values, many, dv + to)
+        d_keys, d_values = d_keys + 4 * many, d_values + 4 * many
 
 
 @njit(parallel=True, cache=True)
-def _backward(qkv, found, heads, group, each, dy, tables, pack, tasks, scale, window, rooms, d_qkv, shares_at, dk, dv):
-    threads = rooms.shape[0]
-    parts = group // each
+def _backward(qkv, found, heads, group, each, dy, tables, pack, shares, scale, window, rooms, d_qkv, dk, dv):
+    threads, width, path_at = rooms.shape[0], tables[0].shape[1], pack[2]
+    (part_at, parts, begins, places), columns_of = shares, dk.shape[0]
     for thread in prange(threads):
-        for n in range(thread, len(tasks) * parts, threads):
-            segment, head = tasks[n // parts]
-            part, place = head * parts + n % parts, shares_at[segment]
-            given = (tables, pack, scale, window, rooms[thread], d_qkv)
-            shares = (address(dk[part], place, 0), address(dv[part], place, 0))
-            _attend_backward(segment, part * each, each, heads, qkv, found, dy, *given, *shares)
+        for n in range(thread, (len(part_at) - 1) * columns_of, threads):
+            part, column = n // columns_of, n % columns_of
+            first, size = begins[part], 4 * width * (begins[part + 1] - begins[part])
+            to = (address(dk[column], 0, 0), address(dv[column], 0, 0))
+            clear(to[0] + 4 * width * first, size)
+            clear(to[1] + 4 * width * first, size)
+            for segment in parts[part_at[part] : part_at[part + 1]]:
+                here = places[path_at[segment] : path_at[segment + 1]]
+                given = (tables, pack, scale, window, rooms[thread], d_qkv, here)
+                _attend_backward(segment, column * each, each, heads, qkv, found, dy, *given, *to)
 
 
 @njit(parallel=True, cache=True)
 def _collect(segment_of, use_at, uses, starts, heads, tables, dk, dv, d_qkv):
-    """The gradient of each key and value: the sum over the segments that see it, and the parts of its query heads."""
+    """The gradient of each key and value: the sum over the parts of the pack that see it, and of its query heads."""
     parts, width = dk.shape[0] // heads, tables[0].shape[1]
     for token in prange(len(segment_of)):
         s = segment_of[token]
@@ -223,23 +237,36 @@ def _collect(segment_of, use_at, uses, starts, heads, tables, dk, dv, d_qkv):
 
 
 @functools.lru_cache(maxsize=4)
-def _shares(layout: Layout) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray], int]:
-    """Where the keys of each path have their place among all shares of gradients.
+def _shares(layout: Layout) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, np.ndarray, np.ndarray], int]:
+    """Where the gradients of keys are summed: each part of a pack, some segments, has a place for all that it sees.
+
+    There are few parts, of about the same work, so that a common beginning of many rows has few places; and no fewer
+    where there are fewer threads, so that sums do not depend on these.
 
     Returns:
-        The first place of each path; the segment of each token, and for each segment where in a list its first places
-        begin, and that list; how many places there are.
+        For `_backward`: where the segments of each part begin in a list, that list, where its places begin, and the
+        first places of all paths. For `_collect`: the segment of each token, and for each segment where in a list its
+        first places begin, and that list. How many places there are.
     """
-    starts, lengths = layout.pack[:2]
-    sizes = -(-np.array(layout.seen) // 48) * 48
-    first, uses = np.cumsum(sizes) - sizes, [[] for _ in layout.paths]
-    for place, path in zip(first, layout.paths, strict=True):
-        for s in path:
-            uses[s].append(place)
-            place += lengths[s]
-    use_at = np.cumsum([0, *map(len, uses)])
-    segment_of = np.repeat(np.arange(len(starts)), lengths)
-    return first, (segment_of, use_at, np.concatenate(uses)), int(sizes.sum())
+    (starts, lengths, path_at, paths), count = layout.pack, len(layout.paths)
+    work = lengths * np.array(layout.seen)
+    part_of = (np.cumsum(work) - work) * _PARTS // max(1, work.sum())
+    members = [np.flatnonzero(part_of == part) for part in np.unique(part_of)]
+    members.sort(key=lambda own: -work[own].sum())
+    begins, places, uses = [0], np.empty(len(paths), np.int64), [[] for _ in range(count)]
+    for own in members:
+        place, end = {}, begins[-1]
+        for segment in own:
+            for i in range(path_at[segment], path_at[segment + 1]):
+                if (s := paths[i]) not in place:
+                    place[s] = end
+                    uses[s].append(end)
+                    end += lengths[s]
+                places[i] = place[s]
+        begins.append(end)
+    part_at, use_at = (np.cumsum([0, *map(len, lists)]) for lists in (members, uses))
+    collected = (np.repeat(np.arange(count), lengths), use_at, np.concatenate(uses).astype(np.int64))
+    return (part_at, np.concatenate(members), np.array(begins), places), collected, int(begins[-1])
 
 
 def _together(layout: Layout, group: int) -> int:
@@ -283,13 +310,13 @@ def backward(
     """The gradient of `forward` with respect to queries, keys and values for dy [T, H * D]."""
     width, heads, many = cos.shape[1], layout.key_heads, len(found)
     d_qkv, size = empty(*qkv.shape, dtype=qkv.dtype), _up(layout.longest_path, 48)
-    rooms = workspace(3 * size * width + _QUERIES * (3 * width + 2 * size + 32))
-    first, used, places = _shares(layout)
+    rooms = workspace(5 * size * width + _QUERIES * (3 * width + 2 * size + 32))
+    parts, used, places = _shares(layout)
     group = many // heads
     each = _together(layout, group)
     shares = [empty(many // each, places, width).numpy() for _ in range(2)]
     tables, results = rotation_tables(cos, sin), raw(d_qkv)
-    given = (raw(qkv), found.numpy(), heads, group, each, raw(dy), tables, layout.pack, layout.tasks)
-    on_torch_threads(_backward, *given, np.float32(scale), window, rooms, results, first, *shares)
+    given = (raw(qkv), found.numpy(), heads, group, each, raw(dy), tables, layout.pack, parts)
+    on_torch_threads(_backward, *given, np.float32(scale), window, rooms, results, *shares)
     on_torch_threads(_collect, *used, layout.pack[0], heads, tables, *shares, results)
     return d_qkv

@@ -35,7 +35,6 @@ from lorafold.train.distributed import ALONE, Workers
 from lorafold.train.schedule import learning_rate_at
 
 MICRO_BATCH_TOKENS = 1024  # where nobody says more
-_MICRO_BATCH_TOKENS_FLOAT32 = 704  # what is kept takes twice the memory
 LARGEST_MICRO_BATCH = 4096  # tokens, within a given memory; larger ones are no faster
 
 
@@ -88,8 +87,7 @@ def plan_step(loaded: LoadedModel, rows: Sequence[Tokens] | RowStream, config: T
         TrainingError: the longest row does not fit the memory that is allowed.
     """
     if config.memory_bytes is None:
-        usual = _MICRO_BATCH_TOKENS_FLOAT32 if loaded.dtype == torch.float32 else MICRO_BATCH_TOKENS
-        return Plan(config.micro_batch_tokens or usual, config.gradient_checkpointing)
+        return Plan(config.micro_batch_tokens or MICRO_BATCH_TOKENS, config.gradient_checkpointing)
     most = config.micro_batch_tokens or LARGEST_MICRO_BATCH
     known = rows.sample if isinstance(rows, RowStream) else rows
     return plan_within(config.memory_bytes, loaded, known, most, config.gradient_checkpointing)

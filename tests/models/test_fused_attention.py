@@ -190,6 +190,33 @@ def test_many_tasks_are_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_gradients_are_summed_by_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever segments share their sums: some see each other, some the same beginning, one has no tokens."""
+    torch.manual_seed(0)
+    segments, parents = [70, 9, 30, 0, 12, 40, 5], [-1, 0, 0, 2, 1, -1, 5]
+    qkv, dy = torch.randn(sum(segments), 10 * 32), torch.randn(sum(segments), 6 * 32)
+    cos, sin = _angles(torch.arange(sum(segments)), 32)
+    found, taken = [], []
+    for most in (len(segments) * 1000, parts):
+        monkeypatch.setattr(plain, "_PARTS", most)
+        layout = Layout(segments, attention.paths(parents), 2)
+        _, kept = plain.forward(qkv, cos, sin, layout, 0.2, 1000)
+        found.append(plain.backward(qkv, kept, cos, sin, layout, 0.2, 1000, dy))
+        taken.append(plain._shares(layout)[2])
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+    assert sum(layout.seen) >= taken[0] >= taken[1] >= sum(segments)
+    assert parts > 1 or taken[1] == sum(segments)
+
+
+def test_a_common_beginning_has_few_places() -> None:
+    """77 short rows after it do not each have sums of their own for it, and few rows do."""
+    many = Layout([500] + 77 * [20], attention.paths([-1] + 77 * [0]), 3)
+    assert plain._shares(many)[2] <= 16 * 500 + 77 * 20
+    few = Layout([500, 20, 20], attention.paths([-1, 0, 0]), 3)
+    assert plain._shares(few)[2] <= 3 * 500 + 2 * 20
+
+
 def test_other_widths_go_the_old_way() -> None:
     copies, _, x, dy = _copies("llama", 16, TREES[2])
     expected = _run(copies[torch.float32], x.float(), TREES[2], dy)[0]
