@@ -125,7 +125,7 @@ class Table:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self.folder / "results.json"
         self.results: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        counts = f"{args.rows} {args.eval_rows} {args.calibration_rows}"
+        counts = f"{args.rows} {args.eval_rows}" + (f" {args.calibration_rows}" if args.calibration_rows != 64 else "")
         settings = f"{args.task} {args.train.name} {args.test.name} {counts} {args.model or ''}"
         note = self.folder / "settings.txt"
         if note.exists() and note.read_text() != settings:

@@ -76,7 +76,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             losses = _cross_entropy_(logits, target, grad is not None)
             total += losses[:rows].sum()
             if grad is not None:
-                part.zero_()
+                part.zero_()  # a copy of its own: F.pad makes one even where nothing is added
                 for block, weight in head.blocks():
                     part.addmm_(logits[:, block], weight)
                 grad[here] = part[:rows]
@@ -121,7 +121,9 @@ def _is_frozen(loaded: LoadedModel, head: nn.Module | None) -> bool:
 
 
 def _in_blocks(loaded: LoadedModel, head: QuantLinear) -> bool:
-    return loaded.dtype == torch.float32 and head.blocks.device.type == "cpu" and head.extra is None
+    """Where all else that is kept for the backward pass leaves less room, and decoding again costs little beside it."""
+    takes_much = loaded.dtype == torch.float32 and torch.is_grad_enabled()
+    return takes_much and head.blocks.device.type == "cpu" and head.extra is None
 
 
 def _frozen_head(loaded: LoadedModel) -> Head | None:

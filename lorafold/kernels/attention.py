@@ -28,7 +28,7 @@ from lorafold.kernels.rows import add_row, clear, rotate_row, scaled_row, softma
 _FLOAT = np.float32(0)  # the kind of rows between
 _QUERIES = 36  # at a time, a multiple of 6
 _MANY_TASKS = 24  # segments times key heads
-_PARTS = 16  # of a pack, at most, each with its own sums of gradients
+_PARTS = 16  # of a pack whose segments see much in common, each with its own sums of gradients
 _DEPTH = 256  # most keys of one product with values, which lie in the first cache
 
 
@@ -199,7 +199,7 @@ def _attend_backward(
 
 
 @njit(parallel=True, cache=True)
-def _backward(qkv, found, heads, group, each, dy, tables, pack, shares, scale, window, rooms, d_qkv, dk, dv):
+def _backward(qkv, found, heads, each, dy, tables, pack, shares, scale, window, rooms, d_qkv, dk, dv):
     threads, width, path_at = rooms.shape[0], tables[0].shape[1], pack[2]
     (part_at, parts, begins, places), columns_of = shares, dk.shape[0]
     for thread in prange(threads):
@@ -240,17 +240,19 @@ def _collect(segment_of, use_at, uses, starts, heads, tables, dk, dv, d_qkv):
 def _shares(layout: Layout) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, np.ndarray, np.ndarray], int]:
     """Where the gradients of keys are summed: each part of a pack, some segments, has a place for all that it sees.
 
-    There are few parts, of about the same work, so that a common beginning of many rows has few places; and no fewer
-    where there are fewer threads, so that sums do not depend on these.
+    Where paths have more than twice the tokens of the pack there are few parts, of about the same work, so that a
+    common beginning of many rows has few places; elsewhere each segment is one. Sums do not depend on threads.
 
     Returns:
         For `_backward`: where the segments of each part begin in a list, that list, where its places begin, and the
         first places of all paths. For `_collect`: the segment of each token, and for each segment where in a list its
         first places begin, and that list. How many places there are.
     """
-    (starts, lengths, path_at, paths), count = layout.pack, len(layout.paths)
+    (_starts, lengths, path_at, paths), count = layout.pack, len(layout.paths)
     work = lengths * np.array(layout.seen)
-    part_of = (np.cumsum(work) - work) * _PARTS // max(1, work.sum())
+    part_of = np.arange(count)
+    if sum(layout.seen) > 2 * lengths.sum():
+        part_of = np.minimum((np.cumsum(work) - work) * _PARTS // max(1, work.sum()), _PARTS - 1)
     members = [np.flatnonzero(part_of == part) for part in np.unique(part_of)]
     members.sort(key=lambda own: -work[own].sum())
     begins, places, uses = [0], np.empty(len(paths), np.int64), [[] for _ in range(count)]
@@ -316,7 +318,7 @@ def backward(
     each = _together(layout, group)
     shares = [empty(many // each, places, width).numpy() for _ in range(2)]
     tables, results = rotation_tables(cos, sin), raw(d_qkv)
-    given = (raw(qkv), found.numpy(), heads, group, each, raw(dy), tables, layout.pack, parts)
+    given = (raw(qkv), found.numpy(), heads, each, raw(dy), tables, layout.pack, parts)
     on_torch_threads(_backward, *given, np.float32(scale), window, rooms, results, *shares)
     on_torch_threads(_collect, *used, layout.pack[0], heads, tables, *shares, results)
     return d_qkv

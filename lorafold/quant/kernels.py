@@ -2,7 +2,8 @@
 
 A kernel walks through the blocks of a family of formats; `vectors.py` turns their codes into weights, in float32 or
 rounded to bfloat16 (nearest, ties to even, as torch does). Compiled code is cached on disk, for which each kernel must
-be a function of its own.
+be a function of its own; numba looks at the kernel's file alone for changes, so `make test` forgets what is older than
+the code in vectors that kernels call.
 """
 
 # raw uint8 [O, B, bytes], scale and offset float32 [O, G], out float32 or uint16 (bfloat16) [O, I]; a table is the

@@ -1,9 +1,9 @@
 """Decoding 32 weights at a time: where codes stand in the bytes of each format, and how they become weights.
 
-Codes that count steps become weights by arithmetic. Others, and all of 4 bits where the processor permutes 32 words
-(AVX-512 BW, vpermw), have one of 16 weights, which are computed once for a group, rounded once, and put in the place of
-every code by the processor's permutation; processors without one compare. The result is that of torch's operations,
-bit for bit.
+Codes that count steps become weights by arithmetic. Others, and to bfloat16 all of 4 bits where the processor permutes
+32 words (AVX-512 BW, vpermw), have one of 16 weights, which are computed once for a group, rounded once, and put
+in the place of every code by the processor's permutation; processors without one compare. The result is that of
+torch's operations, bit for bit.
 """
 
 # a table is the address of the 16 float32 values of the codes, or the float32 code that stands for zero; scales are
@@ -11,6 +11,7 @@ bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ _WORDS = ir.VectorType(ir.IntType(16), 32)
 _TURNS = [i // 2 + 16 * (i % 2) for i in range(32)]  # one of the first 16, one of the second 16, ...
 
 
+@functools.cache
 def has(feature: str) -> bool:
     """Whether numba compiles for a processor that has this; its settings may ask for an older one."""
     _triple, _processor, features = cpu_target.target_context.codegen().magic_tuple()  # type: ignore[union-attr]

@@ -53,7 +53,7 @@ class QuantizedWeight:
         return self.format.decode(self.blocks, dtype, offset, scale, room)
 
     def rows(self, index: Tensor | slice) -> QuantizedWeight:
-        """The matrix with rows taken in the order of `index` [n]; groups run along a row, so they stay whole."""
+        """The matrix with rows taken in the order of `index` [n] (or a slice of them); groups in a row stay whole."""
         assert self.extra is None
         blocks = self.blocks[index]
         return QuantizedWeight(self.codec, (len(blocks), self.shape[1]), blocks)

@@ -15,13 +15,15 @@ from lorafold.data.packs import pack
 from lorafold.evals import loss
 from lorafold.evals.loss import evaluate, hidden_states, pack_loss
 from lorafold.models.load import LoadedModel, load
+from lorafold.quant.linear import QuantLinear, decoded
+from lorafold.quant.weight import QuantizedWeight, encode
 from tests.practice import lora_like, related_rows, row_losses, token_rows
 from tests.tiny import ARCHITECTURES, tiny_model
 
 
-@pytest.mark.parametrize("positions", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("positions", [1, 31, 32, 255, 256, 257, 600])
 def test_frozen_head_loss_equals_autograd(positions: int) -> None:
-    """Sum and gradient, around the borders of a chunk of 128; scaled as a step scales it."""
+    """Sum and gradient, around the borders of a chunk of 256; scaled as a step scales it."""
     hidden = torch.randn(positions, 16, dtype=torch.float32, requires_grad=True)
     weight, targets = torch.randn(50, 16), torch.randint(0, 50, (positions,))
     total = loss._FrozenHeadLoss.apply(hidden, loss.Head.of(weight), targets)
@@ -110,7 +112,7 @@ def test_a_head_in_blocks(
     lora_like(loaded.model)
     monkeypatch.setattr(loss, "_BLOCK", block)
     sizes = []
-    monkeypatch.setattr(loss, "decoded", lambda weight, dtype: sizes.append(weight.shape[0]) or weight.decode(dtype))
+    monkeypatch.setattr(loss, "decoded", lambda w, dtype: sizes.append(w.shape[0]) or decoded(w, dtype))
     parameters = [p for p in loaded.model.parameters() if p.requires_grad]
     batch, head = pack(token_rows(4, longest=60)), loaded.model.lm_head
     with loss.head_once(loaded):
@@ -126,11 +128,25 @@ def test_a_head_in_blocks(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))  # sums in another order
 
 
-def test_a_head_in_bfloat16_is_decoded_once(tiny_file: Callable[..., Path]) -> None:
-    loaded = load(tiny_file("llama", "Q4_1"), torch.bfloat16)
-    with loss.head_once(loaded):
-        assert torch.equal(loaded.head_weight, loaded.model.get_output_embeddings().packed.decode(torch.bfloat16))
+@pytest.mark.parametrize(("dtype", "gradients"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_head_is_decoded_once(
+    tiny_file: Callable[..., Path], dtype: torch.dtype, gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all packs, where it is not decoded in blocks: in bfloat16, and where nothing is kept."""
+    loaded, batch, shapes = load(tiny_file("llama", "Q4_1"), dtype), pack(token_rows(2), 16), []
+    decode = QuantizedWeight.decode
+    monkeypatch.setattr(QuantizedWeight, "decode", lambda w, *a, **k: shapes.append(w.shape) or decode(w, *a, **k))
+    with torch.set_grad_enabled(gradients), loss.head_once(loaded):
+        for _ in range(2):
+            pack_loss(loaded, batch)
+    assert shapes.count(loaded.model.get_output_embeddings().shape) == 1
     assert loaded.head_weight is None
+
+
+def test_a_head_with_scales_of_scales_is_not_cut(tiny_file: Callable[..., Path]) -> None:
+    loaded, wide = load(tiny_file("llama", "Q4_1")), torch.randn(64, 64)
+    assert loss._in_blocks(loaded, QuantLinear(encode(wide, "Q4_1")))
+    assert not loss._in_blocks(loaded, QuantLinear(encode(wide, "NF4-DQ")))
 
 
 @pytest.mark.parametrize(("dtype", "whole"), [(torch.float32, 16), (torch.bfloat16, 64)])
