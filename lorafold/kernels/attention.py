@@ -255,15 +255,15 @@ def _shares(layout: Layout) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, n
         part_of = np.minimum((np.cumsum(work) - work) * _PARTS // max(1, work.sum()), _PARTS - 1)
     members = [np.flatnonzero(part_of == part) for part in np.unique(part_of)]
     members.sort(key=lambda own: -work[own].sum())
-    begins, places, uses = [0], np.empty(len(paths), np.int64), [[] for _ in range(count)]
+    begins, places, uses = [0], np.empty(len(paths), np.int64), [list[int]() for _ in range(count)]
     for own in members:
-        place, end = {}, begins[-1]
+        place, end = dict[int, int](), begins[-1]
         for segment in own:
             for i in range(path_at[segment], path_at[segment + 1]):
                 if (s := paths[i]) not in place:
                     place[s] = end
                     uses[s].append(end)
-                    end += lengths[s]
+                    end += int(lengths[s])
                 places[i] = place[s]
         begins.append(end)
     part_at, use_at = (np.cumsum([0, *map(len, lists)]) for lists in (members, uses))
