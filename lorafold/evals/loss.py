@@ -136,8 +136,8 @@ def _frozen_head(loaded: LoadedModel) -> Head | None:
         return Head.of(head.weight)
     if not _in_blocks(loaded, head):
         return Head.of(head.packed.decode(loaded.dtype) if loaded.head_weight is None else loaded.head_weight)
-    packed, places = head.packed, [slice(at, at + _BLOCK) for at in range(0, head.out_features, _BLOCK)]
-    return Head(head.out_features, lambda: ((here, decoded(packed.rows(here), loaded.dtype)) for here in places))
+    matrix, places = head.packed, [slice(at, at + _BLOCK) for at in range(0, head.out_features, _BLOCK)]
+    return Head(head.out_features, lambda: ((here, decoded(matrix.rows(here), loaded.dtype)) for here in places))
 
 
 def packed(loaded: LoadedModel, rows: Sequence[Tokens], shared: int | None = None) -> Pack:

@@ -113,11 +113,11 @@ def _numbers(value: int) -> Any:
     return ir.Constant(BITS, [value] * 16)
 
 
-def everywhere(builder: Any, number: Any) -> Lanes:
+def everywhere(builder: Any, number: Any, lanes: int = 16) -> Lanes:
     """One number in all lanes."""
-    kind = ir.VectorType(number.type, 16)
+    kind = ir.VectorType(number.type, lanes)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, INT(0))
-    return Lanes(builder, builder.shuffle_vector(one, one, ir.Constant(BITS, [0] * 16)))
+    return Lanes(builder, builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(INT, lanes), [0] * lanes)))
 
 
 def place(builder: Any, address: Any, index: Any, size: int, kind: Any) -> Any:

@@ -55,11 +55,6 @@ def _splat(kind: Any, value: int) -> Any:
     return ir.Constant(kind, [value] * kind.count)
 
 
-def _everywhere(builder: Any, kind: Any, number: Any) -> Any:
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, INT(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(INT, kind.count), [0] * kind.count))
-
-
 def _mix(builder: Any, first: Any, second: Any, order: Any) -> Any:
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT, len(order)), list(order)))
 
@@ -147,7 +142,7 @@ def _bits(builder: Any, address: Any, shift: Any, mask: Any) -> Any:
 
 
 def _byte(builder: Any, number: Any) -> Any:
-    return _everywhere(builder, _BYTES, builder.trunc(number, _BYTES.element))
+    return everywhere(builder, builder.trunc(number, _BYTES.element), _BYTES.count).value
 
 
 def _in_a_row(bits: int) -> Callable[[Any, Any], Any]:
