@@ -19,6 +19,8 @@ from lorafold.data.packs import Pack
 from lorafold.errors import FormatError
 from lorafold.models.load import LoadedModel, compute_dtype
 
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, but for the rows that go through it
+
 
 class _Reached(Exception):
     """The last block has been reached; nothing after it is needed."""
@@ -51,7 +53,7 @@ class BlockWalk:
     def __init__(self, loaded: LoadedModel, packs: Sequence[Pack]):
         self.loaded = loaded
         self.blocks = find_blocks(loaded.model)
-        self._hidden, self._options = self._first_inputs(packs)
+        self._hidden, self._others = self._first_inputs(packs)
 
     @torch.no_grad()
     @_fast_products()
@@ -90,28 +92,36 @@ class BlockWalk:
 
     def _run(self, index: int) -> list[Tensor]:
         block = self.blocks[index][1]
-        outputs = (block(x, **options) for x, options in zip(self._hidden, self._options[index], strict=True))
+        given = zip(self._hidden, self._others[index], strict=True)
+        outputs = (block(x, *args, **kwargs) for x, (args, kwargs) in given)
         return [out[0] if isinstance(out, tuple) else out for out in outputs]
 
     @torch.no_grad()
-    def _first_inputs(self, packs: Sequence[Pack]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-        """Inputs of the first block, and of every block the other arguments, for each pack."""
-        hidden: list[Tensor] = []
-        options: list[list[dict[str, Any]]] = [[] for _ in self.blocks]
+    def _first_inputs(self, packs: Sequence[Pack]) -> tuple[list[Tensor], list[list[_Arguments]]]:
+        """Inputs of the first block, and of every block the other arguments, for each pack.
 
-        def catch(index: int) -> Any:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        These do not depend on what the blocks before compute, so only the first block does, which shows how blocks
+        return what they compute; all others return the same.
+        """
+        hidden: list[Tensor] = []
+        others: list[list[_Arguments]] = [[] for _ in self.blocks]
+        first = self.blocks[0][1].forward
+        computed: list[Any] = []
+
+        def stand_in(index: int) -> Any:
+            def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+                others[index].append((args, kwargs))
                 if index == 0:
-                    hidden.append(args[0])
-                options[index].append({key: value for key, value in kwargs.items() if key != "hidden_states"})
+                    hidden.append(x)
+                    computed[:] = [first(x, *args, **kwargs)]
                 if index == len(self.blocks) - 1:
                     raise _Reached
+                return computed[0]
 
-            return hook
+            return forward
 
-        handles = [
-            block.register_forward_pre_hook(catch(i), with_kwargs=True) for i, (_, block) in enumerate(self.blocks)
-        ]
+        for index, (_, block) in enumerate(self.blocks):
+            block.forward = stand_in(index)
         try:
             for batch in packs:
                 with contextlib.suppress(_Reached):
@@ -123,9 +133,9 @@ class BlockWalk:
                         use_cache=False,
                     )
         finally:
-            for handle in handles:
-                handle.remove()
-        return hidden, options
+            for _, block in self.blocks:
+                del block.forward
+        return hidden, others
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
