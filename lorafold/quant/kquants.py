@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorafold.quant.ggml import Codec, read_half, write_half
-from lorafold.quant.kernels import six_bit_parameters
+from lorafold.quant.kernels import k_parameters
 from lorafold.quant.vectors import IQ4_NL_VALUES
 
 BLOCK = 256
@@ -54,10 +54,8 @@ class KCodec(Codec):
         return -(read_half(blocks, self.dmin_at)[..., None] * self.steps(blocks)[1]).flatten(1)
 
     def parameters(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """As `scale` and `offset` give them; in one pass on a CPU where both are six bits."""
-        if self.name in ("Q4_K", "Q5_K") and blocks.device.type == "cpu":
-            return six_bit_parameters(blocks, read_half(blocks, 0), read_half(blocks, 2))
-        return super().parameters(blocks)
+        """As `scale` and `offset` give them; in one pass on a CPU."""
+        return k_parameters(self.name, blocks) if blocks.device.type == "cpu" else super().parameters(blocks)
 
     def steps(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """sc and m as float32 [O, B, P]; m is empty without offsets."""

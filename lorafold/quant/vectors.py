@@ -21,6 +21,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 
 from lorafold.kernels.lanes import BITS, FLOATS, INT, LONG, WORDS, Lanes, everywhere, intrinsic, numbers_of
+from lorafold.kernels.lanes import store as store_floats
 
 # kvalues_iq4nl of ggml-common.h
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -224,6 +225,23 @@ def _storing(take: Callable[[Any, Any], Any]) -> Any:
 store_halves, store_low_first, store_high_first = map(_storing, (_one_after_the_other, _low_first, _high_first))
 store_parts, store_fifth, store_bytes = map(_storing, (_parts, _with_fifth_bit, _from_minus_128))
 store_2, store_3, store_5, store_6 = (_storing(_in_a_row(bits)) for bits in (2, 3, 5, 6))
+
+
+@intrinsic
+def store_steps(typing_context, factor, source, out):  # noqa: ARG001 (numba's protocol)
+    """factor (((byte >> shift) & mask) ^ flip - flip) of 16 bytes, float32; source is (address, shift, mask, flip)."""
+
+    def generate(_context, builder, _signature, arguments):
+        factor, source, out = arguments
+        address, *rest = cgutils.unpack_tuple(builder, source)
+        shift, mask, flip = (everywhere(builder, builder.trunc(number, INT)).value for number in rest)
+        numbers = builder.lshr(builder.zext(_load(builder, address, _HALF_BYTES), BITS), shift)
+        numbers = builder.sub(builder.xor(builder.and_(numbers, mask), flip), flip)
+        store_floats(
+            builder, Lanes(builder, builder.sitofp(numbers, FLOATS)) * everywhere(builder, factor), out, LONG(0)
+        )
+
+    return types.void(factor, source, out), generate
 
 
 @intrinsic

@@ -65,6 +65,17 @@ def test_sizes_equal_ggmls(codec: str) -> None:
         encode(torch.randn(2, 256), codec)
 
 
+@pytest.mark.parametrize("codec", [name for name, form in K.items() if isinstance(form, KCodec)])
+@given(*cases)
+@settings(max_examples=20, deadline=None)
+def test_parameters_in_one_pass_are_those_of_torch(codec: str, shape: tuple[int, int], seed: int) -> None:
+    """Bit for bit, the sign of zeros included."""
+    form, blocks = CODECS[codec], random_blocks(codec, *shape, seed)
+    scale, offset = form.parameters(blocks)
+    np.testing.assert_array_equal(bits(scale), bits(form.scale(blocks)))
+    np.testing.assert_array_equal(bits(offset), bits(form.offset(blocks)))
+
+
 # offsets
 
 
