@@ -30,6 +30,8 @@ from torch import Tensor
 
 from lorafold.data.tokens import Tokens
 
+_NEAR = 16  # tokens by which the limit of even groups may miss the least
+
 
 @dataclass(frozen=True, eq=False)
 class Pack:
@@ -148,8 +150,52 @@ def common_tokens(a: Tokens, b: Tokens) -> int:
     return next((i for i in range(most) if a.ids[i] != b.ids[i]), most)
 
 
+def _size(rows: Sequence[Tokens], align: int, shared: int | None) -> int:
+    """Tokens of the rows' pack, or those that are predicted, where these are more."""
+    return max(sum(_lay_out(rows, align, shared)[2]), sum(sum(row.supervised) for row in rows))
+
+
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def even_batches(
+    rows: Sequence[Tokens], max_tokens: int, align: int = 1, shared: int | None = None
+) -> list[list[Tokens]]:
+    """As many groups as `micro_batches` makes, of near the same size: the largest decides how much memory a step takes.
+
+    Rows stay in order, or the longest are dealt first where they share as much then.
+
+    Args:
+        max_tokens, align, shared: as in `micro_batches`.
+    """
+
+    best = list(micro_batches(rows, max_tokens, align, shared))
+    if len(best) < 2:
+        return best
+    now = [_size(group, align, shared) for group in best]
+    enough, too_few = max_tokens, min(max_tokens, sum(now) // len(now)) - 1  # for no more groups than these
+    while enough - too_few > _NEAR:
+        limit = (enough + too_few) // 2
+        trial = list(micro_batches(rows, limit, align, shared))
+        if len(trial) > len(best):
+            too_few = limit
+        else:
+            best, enough = trial, limit
+    now = [_size(group, align, shared) for group in best]
+    dealt = [[rows[i] for i in part] for part in deal([len(row) for row in rows], len(best))]
+    then = [_size(group, align, shared) for group in dealt]
+    return dealt if max(then) < min(max(now), max_tokens + 1) and sum(then) <= sum(now) else best
+
+
+def deal(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Places of so many lengths, in order, in parts of near the same sum: the longest first, each to the least."""
+    sums, dealt = [0] * parts, [list[int]() for _ in range(parts)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        part = sums.index(min(sums))
+        sums[part] += lengths[i]
+        dealt[part].append(i)
+    return [sorted(part) for part in dealt]
 
 
 def micro_batches(
@@ -167,8 +213,7 @@ def micro_batches(
         if shared is None:
             filled += _up(len(row), align)
         elif group:
-            larger = [*group, row]
-            filled = max(sum(_lay_out(larger, align, shared)[2]), sum(sum(r.supervised) for r in larger))
+            filled = _size([*group, row], align, shared)
         if group and filled > max_tokens:
             yield group
             group, filled = [], 0

@@ -30,6 +30,7 @@ from lorafold.models.layout import BAD_CONFIG, empty_parameters, from_packed, pl
 from lorafold.models.mlx_folder import MLXFolder, is_mlx
 from lorafold.models.norms import replace_norms
 from lorafold.models.probe import hidden_alone, rows_mix
+from lorafold.models.residual import replace_blocks
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
@@ -171,7 +172,7 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "c
     loaded.model.requires_grad_(False).eval()
     known = loaded.model.config.model_type in MODEL_TYPES
     alone = None if known else hidden_alone(loaded.model)
-    for replace in (replace_norms, replace_gated, replace_attention):
+    for replace in (replace_norms, replace_gated, replace_attention, replace_blocks):
         replace(loaded.model)
     loaded.model.eval()
     loaded.model.set_attn_implementation(attention.NAME)

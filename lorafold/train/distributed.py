@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorafold.config import workers_of
+from lorafold.data.packs import deal
 from lorafold.data.stream import RowStream
 from lorafold.data.tokens import Tokens
 from lorafold.errors import ConfigError, LoraFoldError, WorkerError
@@ -70,12 +71,7 @@ class Workers:
         """This worker's rows of a step: the longest are dealt first, each to the worker that has the fewest tokens."""
         if self.count == 1:
             return rows
-        tokens, own = [0] * self.count, []
-        for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
-            worker = tokens.index(min(tokens))
-            tokens[worker] += len(rows[i])
-            own += [i] if worker == self.rank else []
-        return [rows[i] for i in sorted(own)]
+        return [rows[i] for i in deal([len(row) for row in rows], self.count)[self.rank]]
 
     def total(self, *numbers: float) -> tuple[float, ...]:
         """Sums over all workers."""

@@ -23,7 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lorafold.adapters.adapted import parameters_once
 from lorafold.adapters.ranks import MovingRanks
 from lorafold.config import TrainingConfig
-from lorafold.data.packs import micro_batches
+from lorafold.data.packs import even_batches
 from lorafold.data.stream import RowStream, row_batches
 from lorafold.data.tokens import Tokens
 from lorafold.errors import ConfigError, TrainingError
@@ -218,7 +218,7 @@ def _add_gradients(
     own = workers.share(batch)
     if shared is not None:
         own = sorted(own, key=lambda row: row.ids)  # neighbours have most in common
-    groups = list(micro_batches(own, plan.micro_batch_tokens, loaded.row_align, shared))
+    groups = even_batches(own, plan.micro_batch_tokens, loaded.row_align, shared)
     idle = workers.passes(len(groups)) - len(groups)
     once = contextlib.nullcontext() if workers.sharded else parameters_once(loaded.model)
     losses: list[Tensor] = []

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.data.packs import micro_batches, pack
+from lorafold.data.packs import even_batches, micro_batches, pack
 from lorafold.data.tokens import Tokens
 from tests.practice import related_rows
 
@@ -133,6 +133,38 @@ def test_micro_batches_hold_what_they_may(count: int, seed: int, shared: int, al
         found = pack(group, align, shared)
         assert len(group) == 1 or len(found.ids) <= 40
         assert len(group) == 1 or len(found.targets) <= 40
+
+
+@given(
+    count=st.integers(1, 15),
+    seed=st.integers(0, 2**20),
+    shared=st.none() | st.integers(1, 9),
+    align=st.sampled_from([1, 4]),
+    limit=st.integers(1, 90),
+)
+@settings(max_examples=200, deadline=None)
+def test_even_batches_hold_what_micro_batches_do(
+    count: int, seed: int, shared: int | None, align: int, limit: int
+) -> None:
+    """The same rows in no more groups, the largest of which is no larger."""
+    rows = sorted(related_rows(count, seed), key=lambda row: row.ids)
+    plain, even = list(micro_batches(rows, limit, align, shared)), even_batches(rows, limit, align, shared)
+    assert sorted(row.row for group in even for row in group) == sorted(row.row for row in rows)
+    assert len(even) <= len(plain)
+    assert all(even)
+    held = [[max(len(p.ids), len(p.targets)) for p in (pack(g, align, shared) for g in x)] for x in (plain, even)]
+    assert max(held[1]) <= max(held[0])
+    assert all(size <= limit or len(group) == 1 for size, group in zip(held[1], even, strict=True))
+
+
+def test_even_batches_are_even() -> None:
+    """Rows in order where they share, the longest dealt first where they do not."""
+    assert [[len(r) for r in g] for g in even_batches(_rows([50] * 8), 350)] == [[50] * 4] * 2
+    assert [[len(r) for r in g] for g in even_batches(_rows([90, 80, 10, 20]), 180)] == [[90, 10], [80, 20]]
+    first, second = list(range(40)), list(range(100, 140))
+    rows = [Tokens([*own, 50 + i], [False] * 40 + [True], i) for i, own in enumerate([first] * 6 + [second] * 5)]
+    assert [{r.ids[0] for r in g} for g in even_batches(rows, 46, shared=16)] == [{0}, {100}]
+    assert even_batches([], 5) == []
 
 
 def test_rows_that_contain_each_other() -> None:
