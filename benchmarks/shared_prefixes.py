@@ -30,7 +30,7 @@ from lorafold.data.templates import render_prompt
 from lorafold.data.tokens import Tokens, tokenize
 from lorafold.evals.loss import SHARED, pack_loss, packed
 from lorafold.models.load import LoadedModel, compute_dtype, load
-from lorafold.train.loop import MICRO_BATCH_TOKENS
+from lorafold.train.loop import usual_tokens
 
 STEP_ROWS, STEPS = 8, 6
 PRODUCT = "Create a detailed description for the following product: {name}, belonging to category: {style}"
@@ -63,7 +63,7 @@ def step_seconds(loaded: LoadedModel, rows: Sequence[Tokens], shared: int | None
     began, total, tokens = time.perf_counter(), 0.0, 0
     ordered = sorted(rows, key=lambda row: row.ids) if shared is not None else list(rows)
     with parameters_once(loaded.model):
-        for group in micro_batches(ordered, MICRO_BATCH_TOKENS, loaded.row_align, shared):
+        for group in micro_batches(ordered, usual_tokens(loaded), loaded.row_align, shared):
             batch = packed(loaded, group, shared)
             loss = pack_loss(loaded, batch)
             loss.backward()

@@ -26,7 +26,7 @@ from lorafold.runs.task_report import task_report
 from lorafold.runs.tasks import Task, Tokenized, task_of
 from lorafold.train.budget import Plan
 from lorafold.train.checkpoint import State, restore_training, save_checkpoint
-from lorafold.train.loop import MICRO_BATCH_TOKENS, Step, make_optimizer, rows_per_step, total_steps
+from lorafold.train.loop import Step, make_optimizer, rows_per_step, total_steps, usual_tokens
 from lorafold.train.memory import peak_bytes, restart_peak
 from lorafold.train.objectives import evaluate_rows
 from lorafold.train.rows import train_rows
@@ -167,7 +167,7 @@ class _Session:
 
     def _evaluate(self, step: int, known: bool = False) -> Figures:
         """Figures of the held-out rows, which are noted where they are not known yet."""
-        rows, most = self.held_out.rows, self.config.training.micro_batch_tokens or MICRO_BATCH_TOKENS
+        rows, most = self.held_out.rows, self.config.training.micro_batch_tokens or usual_tokens(self.loaded)
         with self.display.bar("evaluating", len(rows)) as advance:
             found = evaluate_rows(self.task.objective, self.loaded, rows, most, advance)
         if not known:
@@ -216,7 +216,7 @@ class _Session:
             train_rows=len(self.train.rows),
             data_sha256=self.raw.fingerprint,
             dtype=_name(self.loaded.dtype),
-            plan=Plan(training.micro_batch_tokens or MICRO_BATCH_TOKENS, training.gradient_checkpointing),
+            plan=Plan(training.micro_batch_tokens or usual_tokens(self.loaded), training.gradient_checkpointing),
         )
         path = checkpoint_folder(self.folder.path, step)
         save_checkpoint(path, self.loaded, self.spec, self.optimizer, state, notes=self._notes)

@@ -14,7 +14,7 @@ from lorafold.models.load import compute_dtype
 from lorafold.runs.folder import CONFIG, read_run
 from lorafold.runs.raw_rows import all_rows, held_out_rows
 from lorafold.runs.tasks import Task, task_of
-from lorafold.train.loop import MICRO_BATCH_TOKENS
+from lorafold.train.loop import usual_tokens
 from lorafold.train.objectives import evaluate_rows
 
 
@@ -56,4 +56,4 @@ def score(
     if adapter:
         load_adapter(loaded, adapter)
     tokens = trained.tokenized(rows, loaded, max_length).rows
-    return evaluate_rows(trained.objective, loaded, tokens, MICRO_BATCH_TOKENS, progress)
+    return evaluate_rows(trained.objective, loaded, tokens, usual_tokens(loaded), progress)

@@ -42,13 +42,13 @@ from lorafold.train.budget import Plan
 from lorafold.train.checkpoint import State, restore_training, save_checkpoint
 from lorafold.train.distributed import ALONE, Workers, joined
 from lorafold.train.loop import (
-    MICRO_BATCH_TOKENS,
     Step,
     make_optimizer,
     plan_step,
     rows_per_step,
     total_steps,
     train_steps,
+    usual_tokens,
 )
 from lorafold.train.memory import peak_bytes, restart_peak
 from lorafold.train.sharding import ShardedBase
@@ -291,7 +291,8 @@ class _Session:
 
     def _evaluate(self, step: int) -> float:
         rows = self.workers.every(self.data.held_out.rows)
-        most, shared = min(self.plan.micro_batch_tokens, MICRO_BATCH_TOKENS), self.config.training.shared_prefix_tokens
+        most = min(self.plan.micro_batch_tokens, usual_tokens(self.loaded))
+        shared = self.config.training.shared_prefix_tokens
         with self.display.bar("evaluating", len(rows)) as advance:
             total, count = loss_sum(self.loaded, rows, most, progress=advance, shared=shared or None)
         total, count = self.workers.total(total, count)

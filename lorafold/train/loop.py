@@ -34,7 +34,6 @@ from lorafold.train.budget import Plan, check_fits, checkpointed, plan_within
 from lorafold.train.distributed import ALONE, Workers
 from lorafold.train.schedule import learning_rate_at
 
-MICRO_BATCH_TOKENS = 1024  # where nobody says more
 LARGEST_MICRO_BATCH = 4096  # tokens, within a given memory; larger ones are no faster
 
 
@@ -80,6 +79,11 @@ def epoch_batches(n_rows: int, config: TrainingConfig, workers: int = 1) -> Iter
         yield from (order[i : i + size].tolist() for i in range(0, n_rows, size))
 
 
+def usual_tokens(loaded: LoadedModel) -> int:
+    """Tokens computed at once where nobody says more: fewer in float32, where activations take twice the memory."""
+    return 896 if loaded.dtype == torch.float32 else 1024
+
+
 def plan_step(loaded: LoadedModel, rows: Sequence[Tokens] | RowStream, config: TrainingConfig) -> Plan:
     """How many tokens are computed at once, and whether blocks are computed again.
 
@@ -87,7 +91,7 @@ def plan_step(loaded: LoadedModel, rows: Sequence[Tokens] | RowStream, config: T
         TrainingError: the longest row does not fit the memory that is allowed.
     """
     if config.memory_bytes is None:
-        return Plan(config.micro_batch_tokens or MICRO_BATCH_TOKENS, config.gradient_checkpointing)
+        return Plan(config.micro_batch_tokens or usual_tokens(loaded), config.gradient_checkpointing)
     most = config.micro_batch_tokens or LARGEST_MICRO_BATCH
     known = rows.sample if isinstance(rows, RowStream) else rows
     return plan_within(config.memory_bytes, loaded, known, most, config.gradient_checkpointing)
