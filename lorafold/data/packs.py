@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lorafold.data.tokens import Tokens
 
-_NEAR = 16  # tokens by which the limit of even groups may miss the least
+_TRIALS = 4  # limits that are tried for groups in order
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,34 +162,40 @@ def _up(n: int, multiple: int) -> int:
 def even_batches(
     rows: Sequence[Tokens], max_tokens: int, align: int = 1, shared: int | None = None
 ) -> list[list[Tokens]]:
-    """As many groups as `micro_batches` makes, of near the same size: the largest decides how much memory a step takes.
+    """No more groups and no more tokens than `micro_batches` makes, of near the same size, which decides the memory.
 
-    Rows stay in order, or the longest are dealt first where they share as much then.
+    The longest rows are dealt first; where that would share less, rows stay in order.
 
     Args:
         max_tokens, align, shared: as in `micro_batches`.
     """
-
     best = list(micro_batches(rows, max_tokens, align, shared))
     if len(best) < 2:
         return best
-    now = [_size(group, align, shared) for group in best]
-    enough, too_few = max_tokens, min(max_tokens, sum(now) // len(now)) - 1  # for no more groups than these
-    while enough - too_few > _NEAR:
+    sizes = [_size(group, align, shared) for group in best]
+    total, largest = sum(sizes), max(sizes)
+    dealt = [[rows[i] for i in part] for part in deal([len(row) for row in rows], len(best))]
+    sizes = [_size(group, align, shared) for group in dealt]
+    if sum(sizes) <= total and max(sizes) < largest:
+        return dealt
+    enough = min(largest, max_tokens)
+    too_few = min(total // len(best), enough)
+    for _ in range(_TRIALS):
         limit = (enough + too_few) // 2
         trial = list(micro_batches(rows, limit, align, shared))
-        if len(trial) > len(best):
-            too_few = limit
+        sizes = [_size(group, align, shared) for group in trial]
+        if len(trial) <= len(best) and sum(sizes) <= total:
+            best, enough = trial, min(limit, max(sizes))
         else:
-            best, enough = trial, limit
-    now = [_size(group, align, shared) for group in best]
-    dealt = [[rows[i] for i in part] for part in deal([len(row) for row in rows], len(best))]
-    then = [_size(group, align, shared) for group in dealt]
-    return dealt if max(then) < min(max(now), max_tokens + 1) and sum(then) <= sum(now) else best
+            too_few = limit
+    return best
 
 
 def deal(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Places of so many lengths, in order, in parts of near the same sum: the longest first, each to the least."""
+    """Which of the lengths are in which part, in order, for sums near each other: the longest first, to the least.
+
+    With more parts than lengths some are empty.
+    """
     sums, dealt = [0] * parts, [list[int]() for _ in range(parts)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         part = sums.index(min(sums))

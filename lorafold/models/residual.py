@@ -30,27 +30,49 @@ class _Sum(torch.autograd.Function):
 
 
 def _sum(x: Tensor, y: Tensor) -> Tensor:
+    """x + y; where kernels compute, which is where passes are long, in memory of our own."""
     if not block.usable(x) or x.dtype != y.dtype or x.shape != y.shape:
         return x + y
     total: Tensor = _Sum.apply(x, y)  # type: ignore[assignment]
     return total
 
 
-def block_forward(module: Any, hidden_states: Tensor, **options: Any) -> Tensor:
-    """The forward pass of a block, [..., N] -> [..., N]."""
-    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **options)
+def block_forward(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """The forward pass of a block, [..., N] -> [..., N], with the arguments of the classes that it is for."""
+    attended, _ = module.self_attn(
+        hidden_states=module.input_layernorm(hidden_states),
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **options,
+    )
     hidden_states = _sum(hidden_states, attended)
     return _sum(hidden_states, module.mlp(module.post_attention_layernorm(hidden_states)))
 
 
 @functools.cache
 def _with_sums(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class with this forward pass; transformers wraps that of each class, to compute blocks again."""
-    return type(kind.__name__, (kind,), {"forward": block_forward, "__module__": kind.__module__})
+    """The class with this forward pass.
+
+    A class, because transformers wraps the forward pass of each class, to compute blocks again in the backward pass;
+    one that a module has for itself would be called as it is.
+    """
+    return type(kind.__name__, (kind,), {"forward": block_forward, "__module__": __name__})
 
 
 def replace_blocks(model: nn.Module) -> None:
     """Give every block of transformers that computes the same this forward pass."""
     for module in model.modules():
-        if type(module).__name__ in REPLACED:
+        if type(module).__name__ in REPLACED and type(module).__module__ != __name__:
             module.__class__ = _with_sums(type(module))

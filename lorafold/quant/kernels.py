@@ -69,9 +69,10 @@ def reads_scale(name: str) -> bool:
 
 def k_parameters(name: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Scales d sc and offsets -dmin m, float32 [O, G], of the K-quant `name`; offsets are -0.0 without m."""
-    bits = _FORMATS[name][-1]
-    groups = 8 if bits in (4, 5) else 16
-    scale, offset = (torch.empty(blocks.shape[0], groups * blocks.shape[1]) for _ in range(2))
+    kernel, *_, bits = _FORMATS[name]
+    assert kernel is _k
+    groups = (8 if bits in (4, 5) else 16) * blocks.shape[1]
+    scale, offset = torch.empty(blocks.shape[0], groups), torch.full((blocks.shape[0], groups), -0.0)
     on_torch_threads(_k_parameters, blocks.contiguous().numpy(), bits, scale.numpy(), offset.numpy())
     return scale, offset
 
@@ -81,7 +82,8 @@ def _k_parameters(raw, bits, scale, offset):
     for r in prange(raw.shape[0]):
         source, scales, offsets = raw[r].ctypes.data, scale[r].ctypes.data, offset[r].ctypes.data
         for b in range(raw.shape[1]):
-            block, place, g = raw[r, b], source + b * raw.shape[2], 16 * b
+            block, place = raw[r, b], source + b * raw.shape[2]
+            g = b * (scale.shape[1] // raw.shape[1])
             if bits == 2:
                 store_steps(half(place + 80), (place, 0, 15, 0), scales + 4 * g)
                 store_steps(-half(place + 82), (place, 4, 15, 0), offsets + 4 * g)
@@ -91,18 +93,16 @@ def _k_parameters(raw, bits, scale, offset):
                     low, high, shift = np.int32(block[96 + i]), np.int32(block[104 + i % 4]), 2 * (i // 4)
                     scale[r, g + i] = d * np.float32(((low & 15) | (((high >> shift) & 3) << 4)) - 32)
                     scale[r, g + i + 8] = d * np.float32(((low >> 4) | (((high >> (shift + 4)) & 3) << 4)) - 32)
-                store_steps(np.float32(-0.0), (place, 0, 0, 0), offsets + 4 * g)
             elif bits == 6:
                 store_steps(half(place + 208), (place + 192, 0, 255, 128), scales + 4 * g)
-                store_steps(np.float32(-0.0), (place, 0, 0, 0), offsets + 4 * g)
             else:
-                d, dmin, g = half(place), half(place + 2), 8 * b
+                d, dmin = half(place), half(place + 2)
                 for i in range(4):
-                    x, y, z = block[4 + i], block[8 + i], block[12 + i]
-                    scale[r, g + i] = d * np.float32(x & 63)
-                    scale[r, g + i + 4] = d * np.float32((z & 15) | ((x >> 2) & 48))
-                    offset[r, g + i] = -(dmin * np.float32(y & 63))
-                    offset[r, g + i + 4] = -(dmin * np.float32((z >> 4) | ((y >> 2) & 48)))
+                    a, m, c = block[4 + i], block[8 + i], block[12 + i]
+                    scale[r, g + i] = d * np.float32(a & 63)
+                    scale[r, g + i + 4] = d * np.float32((c & 15) | ((a >> 2) & 48))
+                    offset[r, g + i] = -(dmin * np.float32(m & 63))
+                    offset[r, g + i + 4] = -(dmin * np.float32((c >> 4) | ((m >> 2) & 48)))
 
 
 @njit(parallel=True, cache=True)

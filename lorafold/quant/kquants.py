@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorafold.quant.ggml import Codec, read_half, write_half
-from lorafold.quant.kernels import k_parameters
+from lorafold.quant.kernels import k_parameters, usable
 from lorafold.quant.vectors import IQ4_NL_VALUES
 
 BLOCK = 256
@@ -54,8 +54,9 @@ class KCodec(Codec):
         return -(read_half(blocks, self.dmin_at)[..., None] * self.steps(blocks)[1]).flatten(1)
 
     def parameters(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """As `scale` and `offset` give them; in one pass on a CPU."""
-        return k_parameters(self.name, blocks) if blocks.device.type == "cpu" else super().parameters(blocks)
+        """As `scale` and `offset` give them; in one pass where there is a kernel."""
+        covered = usable(self.name, blocks, torch.float32)
+        return k_parameters(self.name, blocks) if covered else super().parameters(blocks)
 
     def steps(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """sc and m as float32 [O, B, P]; m is empty without offsets."""

@@ -229,7 +229,10 @@ store_2, store_3, store_5, store_6 = (_storing(_in_a_row(bits)) for bits in (2, 
 
 @intrinsic
 def store_steps(typing_context, factor, source, out):  # noqa: ARG001 (numba's protocol)
-    """factor (((byte >> shift) & mask) ^ flip - flip) of 16 bytes, float32; source is (address, shift, mask, flip)."""
+    """factor * ((((byte >> shift) & mask) ^ flip) - flip) of 16 bytes, as float32.
+
+    The source is (address, shift, mask, flip); bytes are signed with a flip of 128, and with 0 they are not.
+    """
 
     def generate(_context, builder, _signature, arguments):
         factor, source, out = arguments

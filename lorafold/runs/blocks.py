@@ -105,6 +105,7 @@ class BlockWalk:
         """
         hidden: list[Tensor] = []
         others: list[list[_Arguments]] = [[] for _ in self.blocks]
+        before = [vars(block).get("forward") for _, block in self.blocks]
         first = self.blocks[0][1].forward
         computed: list[Any] = []
 
@@ -133,8 +134,10 @@ class BlockWalk:
                         use_cache=False,
                     )
         finally:
-            for _, block in self.blocks:
-                del block.forward
+            for (_, block), own in zip(self.blocks, before, strict=True):
+                vars(block).pop("forward", None)
+                if own is not None:
+                    block.forward = own
         return hidden, others
 
 

@@ -216,7 +216,10 @@ def test_blocks_are_walked_as_the_model_runs(tmp_path: Path) -> None:
     """The rows that leave the last block are the hidden states of the whole model before its last norm."""
     loaded = load(tiny_folder_of(tmp_path / "m", "gemma3"))
     rows = token_rows(3)
+    blocks = [block for _, block in find_blocks(loaded.model)]
+    blocks[0].forward = own = blocks[0].forward
     walk = BlockWalk(loaded, [pack([row]) for row in rows])
+    assert [vars(block).get("forward") for block in blocks] == [own, *[None] * (len(blocks) - 1)]
     for index in range(len(find_blocks(loaded.model))):
         walk.advance(index)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.data.packs import even_batches, micro_batches, pack
+from lorafold.data.packs import deal, even_batches, micro_batches, pack
 from lorafold.data.tokens import Tokens
 from tests.practice import related_rows
 
@@ -154,17 +154,33 @@ def test_even_batches_hold_what_micro_batches_do(
     assert all(even)
     held = [[max(len(p.ids), len(p.targets)) for p in (pack(g, align, shared) for g in x)] for x in (plain, even)]
     assert max(held[1]) <= max(held[0])
+    assert sum(held[1]) <= sum(held[0])
     assert all(size <= limit or len(group) == 1 for size, group in zip(held[1], even, strict=True))
 
 
 def test_even_batches_are_even() -> None:
-    """Rows in order where they share, the longest dealt first where they do not."""
+    """The longest rows dealt first where that shares as much, otherwise rows in order, and never more tokens."""
     assert [[len(r) for r in g] for g in even_batches(_rows([50] * 8), 350)] == [[50] * 4] * 2
     assert [[len(r) for r in g] for g in even_batches(_rows([90, 80, 10, 20]), 180)] == [[90, 10], [80, 20]]
-    first, second = list(range(40)), list(range(100, 140))
-    rows = [Tokens([*own, 50 + i], [False] * 40 + [True], i) for i, own in enumerate([first] * 6 + [second] * 5)]
-    assert [{r.ids[0] for r in g} for g in even_batches(rows, 46, shared=16)] == [{0}, {100}]
+    families = [_family(start, 100, 4) for start in range(0, 6000, 1000)]  # of 140 tokens
+    groups = even_batches([row for family in families for row in family], 700, shared=24)
+    assert [sorted({r.ids[0] for r in g}) for g in groups] == [[0, 1000, 2000], [3000, 4000, 5000]]
+    rows = [*_family(0, 500, 10), *_rows([150])]  # in halves of the same size the family's beginning stood twice
+    assert [len(g) for g in even_batches(rows, 1000, shared=24)] == [10, 1]
     assert even_batches([], 5) == []
+
+
+def _family(start: int, common: int, count: int) -> list[Tokens]:
+    """Rows of a beginning in common and 10 tokens of their own (40 after one of 500)."""
+    own = 40 if common == 500 else 10
+    beginning = list(range(start, start + common))
+    rows = [[*beginning, *([start + 600 + i] * own)] for i in range(count)]
+    return [Tokens(ids, [False] * (len(ids) - 1) + [True], i) for i, ids in enumerate(rows)]
+
+
+def test_lengths_are_dealt() -> None:
+    assert deal([2, 5, 3, 4], 2) == [[0, 1], [2, 3]]
+    assert deal([1, 2], 3) == [[1], [0], []]
 
 
 def test_rows_that_contain_each_other() -> None:

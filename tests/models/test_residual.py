@@ -68,9 +68,26 @@ def test_blocks_compute_what_transformers_do(kind: str, dtype: torch.dtype) -> N
 
 
 def test_sums_are_ours_where_kernels_are() -> None:
-    """The end of a block, and nothing else, is a sum of this module's."""
+    """Both sums of a block in float32; in float64 torch's."""
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     replace_blocks(model)
+    replace_blocks(model)
+    kind = type(model.model.layers[0])
+    assert kind.__bases__[0].__name__ == "LlamaDecoderLayer"
+    assert kind.__bases__[0].__module__.startswith("transformers")
     x = torch.randn(1, 70, 64, requires_grad=True)
     places = model.model.rotary_emb(x, torch.arange(70)[None])
-    assert "_Sum" in str(model.model.layers[0](x, position_embeddings=places).grad_fn)
+    assert _sums(model.model.layers[0](x, None, position_embeddings=places)) == 2
+    places = tuple(place.double() for place in places)
+    assert _sums(model.double().model.layers[0](x.double(), position_embeddings=places)) == 0
+
+
+def _sums(y: Tensor) -> int:
+    """How many of our sums a tensor was computed with."""
+    seen, waiting = set(), [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return sum("_Sum" in node.name() for node in seen)

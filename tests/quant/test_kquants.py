@@ -76,6 +76,16 @@ def test_parameters_in_one_pass_are_those_of_torch(codec: str, shape: tuple[int,
     np.testing.assert_array_equal(bits(offset), bits(form.offset(blocks)))
 
 
+def test_parameters_without_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With NUMBA_DISABLE_JIT no kernel is called."""
+    blocks = random_blocks("Q2_K", 3, 2, 0)
+    expected = K["Q2_K"].parameters(blocks)
+    monkeypatch.setattr("lorafold.quant.kernels.config.DISABLE_JIT", 1)
+    monkeypatch.setattr("lorafold.quant.kquants.k_parameters", None)
+    for found, wanted in zip(K["Q2_K"].parameters(blocks), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 # offsets
 
 
