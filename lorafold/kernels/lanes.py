@@ -113,11 +113,16 @@ def _numbers(value: int) -> Any:
     return ir.Constant(BITS, [value] * 16)
 
 
-def everywhere(builder: Any, number: Any, lanes: int = 16) -> Lanes:
-    """One number in all lanes."""
+def splat(builder: Any, number: Any, lanes: int = 16) -> Any:
+    """A vector of one number of any type."""
     kind = ir.VectorType(number.type, lanes)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, INT(0))
-    return Lanes(builder, builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(INT, lanes), [0] * lanes)))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(INT, lanes), [0] * lanes))
+
+
+def everywhere(builder: Any, number: Any) -> Lanes:
+    """One float32 number in all lanes."""
+    return Lanes(builder, splat(builder, number))
 
 
 def place(builder: Any, address: Any, index: Any, size: int, kind: Any) -> Any:

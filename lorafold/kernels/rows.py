@@ -25,6 +25,7 @@ from lorafold.kernels.lanes import (
     load,
     numbers_of,
     place,
+    splat,
     store,
     vectors,
 )
@@ -33,10 +34,10 @@ from lorafold.kernels.lanes import (
 def _seen(builder: Any, first: Any, last: Any) -> Any:
     """seen(i): the mask of the lanes of vector i that stand from `first` to `last`."""
     lane = ir.Constant(BITS, list(range(16)))
-    low, high = (everywhere(builder, builder.trunc(x, INT)).value for x in (first, last))
+    low, high = (splat(builder, builder.trunc(x, INT)) for x in (first, last))
 
     def seen(index: Any) -> Any:
-        number = builder.add(everywhere(builder, builder.trunc(builder.shl(index, LONG(4)), INT)).value, lane)
+        number = builder.add(splat(builder, builder.trunc(builder.shl(index, LONG(4)), INT)), lane)
         after, before = builder.icmp_signed(">=", number, low), builder.icmp_signed("<=", number, high)
         return builder.and_(after, before)
 

@@ -20,7 +20,7 @@ from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
-from lorafold.kernels.lanes import BITS, FLOATS, INT, LONG, WORDS, Lanes, everywhere, intrinsic, numbers_of
+from lorafold.kernels.lanes import BITS, FLOATS, INT, LONG, WORDS, Lanes, everywhere, intrinsic, numbers_of, splat
 from lorafold.kernels.lanes import store as store_floats
 
 # kvalues_iq4nl of ggml-common.h
@@ -82,8 +82,8 @@ def _as_words(builder: Any, codes: Any) -> Any:
 
 def _weights(builder: Any, values: Any, scale: Any, offset: Any) -> Lanes:
     """scale * value + offset, rounded twice as torch's operations do."""
-    product = builder.fmul(values, everywhere(builder, scale).value)
-    return Lanes(builder, builder.fadd(product, everywhere(builder, offset).value))
+    product = builder.fmul(values, splat(builder, scale))
+    return Lanes(builder, builder.fadd(product, splat(builder, offset)))
 
 
 def _entries(builder: Any, entries: Any, codes: Any) -> Any:
@@ -91,9 +91,9 @@ def _entries(builder: Any, entries: Any, codes: Any) -> Any:
     if has("avx512f"):
         return _call(builder, "llvm.x86.avx512.permvar.sf.512", FLOATS, entries, codes)
     if not has("avx2"):
-        found = everywhere(builder, builder.extract_element(entries, INT(0))).value
+        found = splat(builder, builder.extract_element(entries, INT(0)))
         for code in range(1, 16):
-            entry = everywhere(builder, builder.extract_element(entries, INT(code))).value
+            entry = splat(builder, builder.extract_element(entries, INT(code)))
             found = builder.select(builder.icmp_unsigned("==", codes, _splat(BITS, code)), entry, found)
         return found
     low, high = (_mix(builder, entries, entries, range(at, at + 8)) for at in (0, 8))
@@ -143,7 +143,7 @@ def _bits(builder: Any, address: Any, shift: Any, mask: Any) -> Any:
 
 
 def _byte(builder: Any, number: Any) -> Any:
-    return everywhere(builder, builder.trunc(number, _BYTES.element), _BYTES.count).value
+    return splat(builder, builder.trunc(number, _BYTES.element), _BYTES.count)
 
 
 def _in_a_row(bits: int) -> Callable[[Any, Any], Any]:
@@ -213,7 +213,7 @@ def _storing(take: Callable[[Any, Any], Any]) -> Any:
             scales = cgutils.unpack_tuple(builder, scales)
             for at, codes in enumerate(_halves(builder, take(builder, source))):
                 own = scales[:2] if at == 0 else scales[-2:]
-                values = builder.fsub(builder.sitofp(codes, FLOATS), everywhere(builder, zero).value)
+                values = builder.fsub(builder.sitofp(codes, FLOATS), splat(builder, zero))
                 numbers_of(kind).store(builder, _weights(builder, values, *own), out, LONG(at))
 
         by_table = words if kind == types.uint16 and permutes() else look_up
@@ -237,7 +237,7 @@ def store_steps(typing_context, factor, source, out):  # noqa: ARG001 (numba's p
     def generate(_context, builder, _signature, arguments):
         factor, source, out = arguments
         address, *rest = cgutils.unpack_tuple(builder, source)
-        shift, mask, flip = (everywhere(builder, builder.trunc(number, INT)).value for number in rest)
+        shift, mask, flip = (splat(builder, builder.trunc(number, INT)) for number in rest)
         numbers = builder.lshr(builder.zext(_load(builder, address, _HALF_BYTES), BITS), shift)
         numbers = builder.sub(builder.xor(builder.and_(numbers, mask), flip), flip)
         store_floats(
