@@ -52,7 +52,7 @@ def _load(builder: Any, address: Any, kind: Any) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
 
 
-def _splat(kind: Any, value: int) -> Any:
+def _constant(kind: Any, value: int) -> Any:
     return ir.Constant(kind, [value] * kind.count)
 
 
@@ -94,23 +94,23 @@ def _entries(builder: Any, entries: Any, codes: Any) -> Any:
         found = splat(builder, builder.extract_element(entries, INT(0)))
         for code in range(1, 16):
             entry = splat(builder, builder.extract_element(entries, INT(code)))
-            found = builder.select(builder.icmp_unsigned("==", codes, _splat(BITS, code)), entry, found)
+            found = builder.select(builder.icmp_unsigned("==", codes, _constant(BITS, code)), entry, found)
         return found
     low, high = (_mix(builder, entries, entries, range(at, at + 8)) for at in (0, 8))
     found = []
     for at in (0, 8):
         here = _mix(builder, codes, codes, range(at, at + 8))
         either = [_call(builder, "llvm.x86.avx2.permps", half.type, half, here) for half in (low, high)]
-        found.append(builder.select(builder.icmp_unsigned("<", here, _splat(here.type, 8)), *either))
+        found.append(builder.select(builder.icmp_unsigned("<", here, _constant(here.type, 8)), *either))
     return _mix(builder, found[0], found[1], range(16))
 
 
 def _low(builder: Any, packed: Any) -> Any:
-    return builder.and_(packed, _splat(packed.type, 15))
+    return builder.and_(packed, _constant(packed.type, 15))
 
 
 def _high(builder: Any, packed: Any) -> Any:
-    return builder.lshr(packed, _splat(packed.type, 4))
+    return builder.lshr(packed, _constant(packed.type, 4))
 
 
 def _one_after_the_other(builder: Any, source: Any) -> Any:
@@ -158,7 +158,7 @@ def _in_a_row(bits: int) -> Callable[[Any, Any], Any]:
             held = _load(builder, builder.add(source, LONG(2 * bits * half)), ir.IntType(16 * bits))
             held = builder.bitcast(held, ir.VectorType(ir.IntType(8), 2 * bits))
             whole = builder.bitcast(_mix(builder, held, held, order), BITS)
-            halves.append(builder.and_(builder.lshr(whole, shifts), _splat(BITS, (1 << bits) - 1)))
+            halves.append(builder.and_(builder.lshr(whole, shifts), _constant(BITS, (1 << bits) - 1)))
         return halves
 
     return take
@@ -169,17 +169,17 @@ def _with_fifth_bit(builder: Any, source: Any) -> Any:
     bits = _load(builder, source, INT)
     highest = builder.zext(builder.bitcast(bits, ir.VectorType(ir.IntType(1), 32)), _BYTES)
     rest = _one_after_the_other(builder, builder.add(source, LONG(4)))
-    return builder.or_(rest, builder.shl(highest, _splat(_BYTES, 4)))
+    return builder.or_(rest, builder.shl(highest, _constant(_BYTES, 4)))
 
 
 def _from_minus_128(builder: Any, source: Any) -> Any:
     """Signed bytes, 128 more of each."""
-    return builder.xor(_load(builder, source, _BYTES), _splat(_BYTES, 128))
+    return builder.xor(_load(builder, source, _BYTES), _constant(_BYTES, 128))
 
 
 def _store_rounded(builder: Any, lanes: Lanes, out: Any, at: int) -> None:
     """Numbers that are bfloat16 already."""
-    words = builder.trunc(builder.lshr(builder.bitcast(lanes.value, BITS), _splat(BITS, 16)), WORDS)
+    words = builder.trunc(builder.lshr(builder.bitcast(lanes.value, BITS), _constant(BITS, 16)), WORDS)
     builder.store(words, builder.inttoptr(builder.add(out, LONG(32 * at)), WORDS.as_pointer()), align=2)
 
 
