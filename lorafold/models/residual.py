@@ -1,7 +1,7 @@
 """The two sums of a transformer block, in memory that glibc finds again.
 
 They are kept until the backward pass. Taken as torch takes memory, they leave holes in the heap that packs of other
-sizes do not fit (see `kernels.compiled.empty`): a fifteenth of the peak of a training in float32.
+sizes do not fit (see `kernels.compiled.empty`).
 """
 
 from __future__ import annotations
