@@ -121,9 +121,8 @@ def _is_frozen(loaded: LoadedModel, head: nn.Module | None) -> bool:
 
 
 def _in_blocks(loaded: LoadedModel, head: QuantLinear) -> bool:
-    """Where all else that is kept for the backward pass leaves less room, and decoding again costs little beside it."""
-    takes_much = loaded.dtype == torch.float32 and torch.is_grad_enabled()
-    return takes_much and head.blocks.device.type == "cpu" and head.extra is None
+    """Where it takes much memory, and decoding it for each chunk costs little beside the products."""
+    return loaded.dtype == torch.float32 and head.blocks.device.type == "cpu" and head.extra is None
 
 
 def _frozen_head(loaded: LoadedModel) -> Head | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lorafold.adapters.adapted import parameters_once
 from lorafold.data.tokens import Tokens
@@ -74,12 +75,13 @@ def plan_within(
     training = loaded.model.training
     loaded.model.train()
     try:
-        fixed, each = _measure(loaded, row)
+        each = _bytes_per_token(loaded, row)
+        with checkpointed(loaded, True):  # the block that is computed again is kept whole
+            less = each / loaded.model.config.get_text_config().num_hidden_layers + _bytes_per_token(loaded, row)
+            fixed = _fixed_bytes(loaded, row, less)
         tokens = int((budget * (1 - _SPARE) - fixed) / each) - WHOLE
         if tokens < longest or checkpointing:
-            checkpointing = True
-            with checkpointed(loaded, True):  # the block that is computed again is kept whole
-                each = each / loaded.model.config.get_text_config().num_hidden_layers + _bytes_per_token(loaded, row)
+            checkpointing, each = True, less
             tokens = int((budget * (1 - _SPARE) - fixed) / each) - WHOLE
     finally:
         loaded.model.train(training)
@@ -132,22 +134,20 @@ def _to_try(loaded: LoadedModel, rows: Sequence[Tokens]) -> list[Tokens]:
     return [replace(row, supervised=[False] + [True] * (len(row) - 1))] * math.ceil(_TRIED / len(row))
 
 
-def _probe(loaded: LoadedModel, rows: Sequence[Tokens]) -> int:
-    """A forward and backward pass; its tokens."""
+def _fixed_bytes(loaded: LoadedModel, rows: Sequence[Tokens], each: float) -> float:
+    """Bytes of everything but activations (process, model, decoded weights, logits, optimizer), measured in a pass.
+
+    Args:
+        each: bytes by token in this pass. Its blocks are computed again, so that it takes little itself.
+    """
     batch = packed(loaded, rows)
-    pack_loss(loaded, batch).backward()
-    return len(batch.ids)
-
-
-def _measure(loaded: LoadedModel, rows: Sequence[Tokens]) -> tuple[float, float]:
-    """Bytes of everything but activations (process, model, decoded weights, logits, optimizer), and by token."""
-    each = _bytes_per_token(loaded, rows)  # compiles what is not compiled yet
-    restart_peak()
-    with parameters_once(loaded.model):
-        tokens = _probe(loaded, rows)
-    loaded.model.zero_grad(set_to_none=True)
+    for _ in range(2):  # the first compiles what is not compiled yet
+        restart_peak()
+        with parameters_once(loaded.model):
+            pack_loss(loaded, batch).backward()
+        loaded.model.zero_grad(set_to_none=True)
     trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-    return peak_bytes() - each * tokens + _TRAINED_BYTES * trained, each
+    return peak_bytes() - each * len(batch.ids) + _TRAINED_BYTES * trained
 
 
 def _bytes_per_token(loaded: LoadedModel, rows: Sequence[Tokens]) -> float:
@@ -158,18 +158,22 @@ def _bytes_per_token(loaded: LoadedModel, rows: Sequence[Tokens]) -> float:
 
 
 def _bytes_kept(loaded: LoadedModel, rows: Sequence[Tokens]) -> tuple[int, int]:
-    """Bytes kept for the backward pass of rows, and their tokens; parameters are not counted."""
-    own = {p.untyped_storage().data_ptr() for p in loaded.model.parameters()}
-    own |= {b.untyped_storage().data_ptr() for b in loaded.model.buffers()}
-    kept: dict[int, int] = {}
+    """Bytes that a backward pass would find kept of rows, and their tokens; parameters are not counted.
 
-    def count(tensor: Tensor) -> Tensor:
+    Nothing is kept for it: each tensor is counted and dropped, so that counting takes no more than an evaluation.
+    """
+    own = {StorageWeakRef(t.untyped_storage()) for t in [*loaded.model.parameters(), *loaded.model.buffers()]}
+    kept: dict[StorageWeakRef, int] = {}  # a reference keeps another tensor from having the same name
+
+    def count(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        if (name := StorageWeakRef(storage)) not in own:
+            kept[name] = storage.nbytes()
 
-    with parameters_once(loaded.model), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        tokens = _probe(loaded, rows)
-    loaded.model.zero_grad(set_to_none=True)
-    return sum(kept.values()), tokens
+    def find(_: None) -> Tensor:
+        raise AssertionError("no backward pass follows")
+
+    with parameters_once(loaded.model), torch.autograd.graph.saved_tensors_hooks(count, find):
+        batch = packed(loaded, rows)
+        pack_loss(loaded, batch)
+    return sum(kept.values()), len(batch.ids)
