@@ -10,7 +10,8 @@ packed Q4_1 file, TRL on the same weights made dense by transformers. The losses
 nothing is reported.
 
 The share of the matrix-product rate is that of the necessary arithmetic: 4 operations for each adapted weight and token
-computed (what rows share counted once), 4 for each weight of the head and supervised token; the rate is torch's best
+computed (what rows share counted once, and of the last block what follows attention where a supervised token is
+predicted), 4 for each weight of the head and supervised token; the rate is torch's best
 of 20 products of 2,048 x 2,048 matrices in the type that LoraFold computes in: bfloat16 where the processor multiplies
 it, elsewhere float32. There TRL's best settings are in float32 too, while its defaults stay what they are. Where the
 time goes is a profile of QA-LoRA's last steps.
@@ -23,6 +24,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -85,7 +87,10 @@ def run_lorafold(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[st
     torch.manual_seed(0)
     injection = inject(loaded.model, AdapterSpec(method=options["method"], r=8))
     layers, head = linear_layers(loaded.model), loaded.model.get_output_embeddings()
-    adapted = sum(layers[name].in_features * layers[name].out_features for name in injection.modules)
+    adapted = {name: layers[name].in_features * layers[name].out_features for name in injection.modules}
+    after_attention = re.compile(rf"\.{loaded.model.config.num_hidden_layers - 1}\..*(o|gate|up|down)_proj$")
+    late = sum(size for name, size in adapted.items() if after_attention.search(name))  # where it is wanted alone
+    early = sum(adapted.values()) - late
     in_order = iter([list(range(i, i + STEP_ROWS)) for i in range(0, len(rows), STEP_ROWS)])
     loop.epoch_batches = lambda *_: in_order  # the peer's order, so that the first losses can be compared
     config = TrainingConfig(
@@ -100,11 +105,14 @@ def run_lorafold(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[st
     parts = profile(running) if options.get("profile") else {}
     wide = head.in_features * head.out_features
     batches = [tokens[i : i + STEP_ROWS] for i in range(0, len(tokens), STEP_ROWS)]
-    computed = [len(pack(batch, 1, TrainingConfig.shared_prefix_tokens).ids) for batch in batches]
+    packs = [pack(batch, 1, TrainingConfig.shared_prefix_tokens) for batch in batches]
     return {
         "seconds": [step.seconds for step in steps],
         "losses": [step.loss for step in steps],
-        "operations": [4 * adapted * n + 4 * wide * step.supervised for n, step in zip(computed, steps, strict=False)],
+        "operations": [
+            4 * (early * len(batch.ids) + late * len(batch.wanted) + wide * step.supervised)
+            for batch, step in zip(packs, steps, strict=False)
+        ],
         "trainable": injection.trainable,
         "parts": parts,
     }

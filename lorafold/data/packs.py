@@ -15,6 +15,8 @@ segments     [2, 2, 1]
 parents      [-1, 0, 0]                a segment sees its ancestors
 target_at    1  2  1
 targets     a2 a3 b2                   one hidden state predicts for several rows
+wanted       1  2                      of which it is here the first
+target_in    0  1  0
 """
 
 # T tokens of the pack, S supervised tokens
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +46,9 @@ class Pack:
         parents: for each segment the one that its rows have before it, which stands earlier; -1 where a row begins.
         target_at: positions in the pack whose hidden states predict a supervised token, int64 [S], row by row.
         targets: these tokens, int64 [S].
+        wanted: the positions of `target_at`, each once and in order, and as many others as round their number up,
+            int64 [W].
+        target_in: where in `wanted` those of `target_at` stand, int64 [S].
     """
 
     ids: Tensor
@@ -52,14 +57,14 @@ class Pack:
     parents: list[int]
     target_at: Tensor
     targets: Tensor
+    wanted: Tensor
+    target_in: Tensor
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack with its tensors on another device; on a GPU once it gets there, without waiting for it."""
-        ids, positions, target_at, targets = (
-            tensor.to(device, non_blocking=torch.device(device).type != "cpu")
-            for tensor in (self.ids, self.positions, self.target_at, self.targets)
-        )
-        return Pack(ids, positions, self.segments, self.parents, target_at, targets)
+        wait = torch.device(device).type == "cpu"
+        tensors = {key: x.to(device, non_blocking=not wait) for key, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None, whol
             by nothing before it and is never a target, so this changes no result; it keeps the number of different
             matrix shapes small, for each of which a CPU's matrix library compiles and keeps a kernel.
         shared: least number of tokens for which it pays to let rows share them; None shares nothing.
-        whole: lengthen the last row so that T is a multiple of this.
+        whole: lengthen the last row so that T is a multiple of this; W is one as well.
     """
     assert rows
     tree, leaves, lengths = _lay_out(rows, align, shared)
@@ -98,6 +103,7 @@ def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None, whol
         wanted = [i for i, supervised in enumerate(row.supervised) if supervised]  # never 0
         target_at += [places[i - 1] for i in wanted]
         targets += [row.ids[i] for i in wanted]
+    wanted, target_in = _wanted(torch.tensor(target_at, dtype=torch.int64), len(ids), whole)
     return Pack(
         ids=torch.tensor(ids, dtype=torch.int64),
         positions=torch.cat([torch.arange(s.start, s.start + n) for s, n in zip(tree, lengths, strict=True)]),
@@ -105,7 +111,18 @@ def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None, whol
         parents=[segment.parent for segment in tree],
         target_at=torch.tensor(target_at, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
+        wanted=wanted,
+        target_in=target_in,
     )
+
+
+def _wanted(target_at: Tensor, tokens: int, whole: int) -> tuple[Tensor, Tensor]:
+    """Of so many tokens those that predict, in order, with others up to a multiple; where in it each stands."""
+    chosen = torch.zeros(tokens, dtype=torch.bool).index_fill_(0, target_at, True)
+    found = int(chosen.sum())
+    others = (~chosen).nonzero()[: _up(max(found, 1), whole) - found, 0]  # one at least: kernels take no empty matrix
+    chosen[others] = True
+    return chosen.nonzero()[:, 0], (chosen.cumsum(0) - 1)[target_at]
 
 
 def _lay_out(rows: Sequence[Tokens], align: int, shared: int | None) -> tuple[list[_Segment], list[int], list[int]]:

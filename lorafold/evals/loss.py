@@ -90,15 +90,20 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def hidden_states(loaded: LoadedModel, batch: Pack) -> Tensor:
-    """Last hidden states [S, H] at the positions of a pack that predict a supervised token."""
+    """Last hidden states [S, H] at the positions of a pack that predict a supervised token.
+
+    The last block may be computed in part for these positions only, see `models/residual.py`.
+    """
     out = loaded.model.base_model(
         input_ids=batch.ids[None],
         position_ids=batch.positions[None],
         segments=batch.segments,
         parents=batch.parents,
+        wanted=batch.wanted,
         use_cache=False,
     )
-    return out.last_hidden_state[0].index_select(0, batch.target_at)
+    hidden = out.last_hidden_state[0]
+    return hidden.index_select(0, batch.target_in if len(hidden) == len(batch.wanted) else batch.target_at)
 
 
 @contextlib.contextmanager

@@ -42,9 +42,14 @@ def attention_forward(
     past_key_values: Any = None,
     segments: list[int] | None = None,
     parents: list[int] | None = None,
+    wanted: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The forward pass of an attention module: hidden states [1, T, N] -> [1, T, N], and no attention weights."""
+    """The forward pass of an attention module: hidden states [1, T, N] -> [1, T, N], and no attention weights.
+
+    Args:
+        wanted: positions [W] to which the output is confined, [1, W, N], where a kernel computes.
+    """
     width = position_embeddings[0].shape[-1]
     kernel = kernel_for(hidden_states[0], width) if width == module.head_dim else None
     most = tiled.most_tokens(module.num_key_value_groups) if kernel is tiled else math.inf
@@ -63,7 +68,7 @@ def attention_forward(
     qkv = torch.cat([project(hidden_states) for project in projections], -1) if qkv is None else qkv
     qkv, key_heads = qkv.flatten(0, 1), qkv.shape[-1] // width // (module.num_key_value_groups + 2)
     out = attend(qkv, cos, sin, kernel, key_heads, segments, parents, module.scaling, window)
-    return module.o_proj(out[None]), None  # type: ignore[index]
+    return module.o_proj((out if wanted is None else out.index_select(0, wanted))[None]), None
 
 
 def any_length(model: nn.Module, dtype: torch.dtype) -> bool:

@@ -1,8 +1,11 @@
-"""The two sums of a transformer block, in memory that glibc finds again.
+"""A transformer block whose two sums stand in memory that glibc finds again, and the last one, where little is wanted.
 
-They are kept until the backward pass. Taken as torch takes memory, they leave holes in the heap that packs of other
-sizes do not fit (see `kernels.compiled.empty`).
+The sums are kept until the backward pass. Taken as torch takes memory, they leave holes in the heap that packs of other
+sizes do not fit (see `kernels.compiled.empty`). What follows attention in the last block is of use only where a token
+is predicted that counts.
 """
+
+# T tokens of a pack, W of them wanted
 
 from __future__ import annotations
 
@@ -45,9 +48,15 @@ def block_forward(
     past_key_values: Any = None,
     use_cache: bool | None = False,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
+    wanted: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """The forward pass of a block, [..., N] -> [..., N], with the arguments of the classes that it is for."""
+    """The forward pass of a block, [..., N] -> [..., N], with the arguments of the classes that it is for.
+
+    Args:
+        wanted: positions [W] of a pack; the last block returns these alone, [1, T, N] -> [1, W, N].
+    """
+    wanted = wanted if module.is_last else None
     attended, _ = module.self_attn(
         hidden_states=module.input_layernorm(hidden_states),
         attention_mask=attention_mask,
@@ -55,8 +64,12 @@ def block_forward(
         past_key_values=past_key_values,
         use_cache=use_cache,
         position_embeddings=position_embeddings,
+        wanted=wanted,
         **options,
     )
+    if wanted is not None:
+        hidden_states = hidden_states.index_select(1, wanted)
+        attended = attended if attended.shape[1] == len(wanted) else attended.index_select(1, wanted)
     hidden_states = _sum(hidden_states, attended)
     return _sum(hidden_states, module.mlp(module.post_attention_layernorm(hidden_states)))
 
@@ -68,11 +81,14 @@ def _with_sums(kind: type[nn.Module]) -> type[nn.Module]:
     A class, because transformers wraps the forward pass of each class, to compute blocks again in the backward pass;
     one that a module has for itself would be called as it is.
     """
-    return type(kind.__name__, (kind,), {"forward": block_forward, "__module__": __name__})
+    return type(kind.__name__, (kind,), {"forward": block_forward, "is_last": False, "__module__": __name__})
 
 
 def replace_blocks(model: nn.Module) -> None:
     """Give every block of transformers that computes the same this forward pass."""
-    for module in model.modules():
+    for module in list(model.modules()):
         if type(module).__name__ in REPLACED and type(module).__module__ != __name__:
             module.__class__ = _with_sums(type(module))
+        if isinstance(module, nn.ModuleList) and len(module) and type(module[-1]).__name__ in REPLACED:
+            last: Any = module[-1]
+            last.is_last = True

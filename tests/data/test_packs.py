@@ -47,7 +47,20 @@ def test_a_pack_is_its_rows_one_after_another() -> None:
 
 def test_rows_without_targets_pack_too() -> None:
     found = pack([Tokens([1, 2], [False, False], 0)])
-    assert (found.target_at.shape, found.targets.shape) == ((0,), (0,))
+    assert (found.target_at.shape, found.targets.shape, len(found.wanted)) == ((0,), (0,), 1)
+
+
+@pytest.mark.parametrize("whole", [1, 4, 16, 64])
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 8))
+@settings(max_examples=20, deadline=None)
+def test_what_is_wanted_is_every_position_that_predicts(whole: int, seed: int, count: int) -> None:
+    """Once, in order, with as few others as a multiple takes."""
+    found = pack(related_rows(count, seed), 1, 2, whole)
+    predicting = set(found.target_at.tolist())
+    assert torch.equal(found.wanted[found.target_in], found.target_at)
+    assert found.wanted.tolist() == sorted({*found.wanted.tolist()} | predicting)
+    assert len(found.wanted) == max(1, -(-len(predicting) // whole)) * whole
+    assert found.wanted.max() < len(found.ids)
 
 
 def test_to_moves_every_tensor() -> None:

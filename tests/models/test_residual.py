@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +21,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from lorafold.adapters.inject import inject
+from lorafold.config import AdapterSpec
+from lorafold.data.packs import pack
+from lorafold.evals.loss import hidden_states
+from lorafold.models.attention import kernel_for
+from lorafold.models.load import load
 from lorafold.models.residual import replace_blocks
+from lorafold.train.budget import checkpointed
+from tests.practice import lora_like, related_rows, token_rows
 
 SIZES = {
     "hidden_size": 64,
@@ -65,6 +76,43 @@ def test_blocks_compute_what_transformers_do(kind: str, dtype: torch.dtype) -> N
     ours.model.layers[1].mlp.register_forward_pre_hook(lambda *_: passes.append(None))
     torch.testing.assert_close(_run(ours, ids), expected, rtol=0, atol=0)
     assert len(passes) == 2
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_the_last_block_computes_what_is_wanted(
+    tiny_file: Callable[..., Path], architecture: str, dtype: torch.dtype, again: bool
+) -> None:
+    """Hidden states and gradients are those of the whole block, of fewer rows where the block is ours."""
+    loaded = load(tiny_file(architecture, "Q4_1", wide=True), dtype)
+    inject(loaded.model, AdapterSpec("lora", r=2))
+    lora_like(loaded.model)
+    loaded.model.train()
+    batch = pack([*related_rows(6, longest=60), *token_rows(3)], 1, 4, 16)
+    assert len(batch.wanted) < len(batch.ids)
+    parameters = [p for p in loaded.model.parameters() if p.requires_grad]
+    sizes: list[tuple[str, int]] = []
+    for name, module in loaded.model.named_modules():
+        if name.endswith((".mlp", ".o_proj")):
+            module.register_forward_pre_hook(lambda _, x, name=name: sizes.append((name, x[0].shape[1])))
+    weights = torch.randn(len(batch.targets), loaded.model.config.hidden_size).to(dtype)
+    everything = replace(batch, wanted=torch.arange(len(batch.ids)), target_in=batch.target_at)
+    found = []
+    for given in (batch, everything):
+        with checkpointed(loaded, again):
+            hidden = hidden_states(loaded, given)
+            found.append([hidden.detach(), *torch.autograd.grad((hidden * weights).sum(), parameters)])
+    last = f".{loaded.model.config.num_hidden_layers - 1}."
+    ours = {"mlp": architecture != "gemma3", "o_proj": architecture in {"llama", "qwen2"}}
+    width = loaded.model.config.hidden_size // loaded.model.config.num_attention_heads
+    ours["o_proj"] &= kernel_for(torch.empty(len(batch.ids), 64, dtype=dtype), width) is not None
+    for name, size in sizes[: len(sizes) // 2]:
+        part = last in name and ours[name.rpartition(".")[2]]
+        assert size == len(batch.wanted if part else batch.ids), name
+    bound = 1e-5 if dtype == torch.float32 else 0.02  # products of other sizes add in another order
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=bound * float(b.abs().max()))
 
 
 def test_sums_are_ours_where_kernels_are() -> None:
