@@ -98,8 +98,11 @@ def test_modules_are_explained_and_of_one_concept(path: Path) -> None:
 
 
 def test_functions_import_only_where_a_command_or_an_extra_needs_it() -> None:
-    """Commands load heavy libraries when they are called; elsewhere only optional packages may wait or be tried."""
-    optional = {"triton", "xllamacpp", "mlx", "mlx_lm", "huggingface_hub"}
+    """Commands load heavy libraries when they are called; elsewhere only optional packages may wait or be tried.
+
+    And what draws: 25 MB that training can do without.
+    """
+    optional = {"triton", "xllamacpp", "mlx", "mlx_lm", "huggingface_hub", "matplotlib"}
     for path in MODULES:
         if path.parent.name != "cli":
             late = set(imports(path)) - set(imports(path, nested=False))
@@ -109,7 +112,7 @@ def test_functions_import_only_where_a_command_or_an_extra_needs_it() -> None:
 @pytest.mark.parametrize("code", ["import lorafold", "from lorafold.cli.main import run; run(['--help'])"])
 def test_starting_is_light(code: str) -> None:
     """Neither the import nor the help of the command line loads the heavy libraries."""
-    heavy = ["torch", "transformers", "numba", "datasets", "matplotlib"]
+    heavy = ["torch", "transformers", "numba", "pyarrow", "matplotlib"]
     check = f"{code}\nimport sys\nprint([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True).stdout
     assert out.strip().endswith("[]")

@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
 
 import lorafold.models.load
@@ -55,7 +54,7 @@ def test_readme_commands(
     """
     model = tiny_file("llama", "Q4_1")
     monkeypatch.setattr(lorafold.models.load, "_embedded", lambda: model)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     rows = demo_file("held_out").read_text(encoding="utf-8").splitlines()[:12]
     (tmp_path / "products.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")

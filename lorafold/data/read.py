@@ -1,7 +1,7 @@
-"""Files become rows: Arrow-backed and memory-mapped by the `datasets` library, checked before it sees them.
+"""Files become rows: an Arrow table, memory-mapped, checked before it is written.
 
 A file is read twice: once to find all faults and the columns, once to fill the Arrow table. The table lies in the
-`datasets` cache under the sha256 of the files, so that what did not change is not read again and what did is never
+cache of data sets under the sha256 of the files, so that what did not change is not read again and what did is never
 confused with its former content. Text columns are stored as text and all others as bytes of JSON, so that each row
 comes back exactly as it stood in the file.
 """
@@ -12,17 +12,16 @@ import hashlib
 import heapq
 import json
 import mmap
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import config as datasets_config
-from datasets.table import MemoryMappedTable
+from huggingface_hub.constants import HF_HOME
 
 from lorafold.data.readers import READERS, Row, check_utf8, known_suffixes, reader_of, suffix_of
 from lorafold.errors import ConfigError, DataError, bullet_list
@@ -52,32 +51,33 @@ class Rows(Sequence[Row]):
         with table.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with pa.ipc.open_stream(pa.py_buffer(self._map)) as stream:
-            self._table = datasets.Dataset(MemoryMappedTable(stream.read_all(), str(table)))
-        self._is_text = [pa.types.is_string(field.type) for field in self._table.data.schema]
+            self._table = stream.read_all()
+        self._is_text = [pa.types.is_string(field.type) for field in self._table.schema]
         self._fingerprint, self._taken = fingerprint, 0
         self.columns = tuple(self._table.column_names)
         self.sources = tuple(sources)
         self._drop_pages()
 
     def __len__(self) -> int:
-        return len(self._table)
+        return self._table.num_rows
 
     def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        index = range(len(self))[index]
         self._taken += 1
         if self._taken % _UNTIL_DROPPED == 0:
             self._drop_pages()
-        return self._row(self._table[index].values())
+        return self._row(self._cells(index, 1)[0])
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), _BATCH):
-            yield from map(self._row, zip(*self._table[start : start + _BATCH].values(), strict=True))
+            yield from map(self._row, self._cells(start, _BATCH))
             self._drop_pages()
 
     def unsure(self, columns: Iterable[str]) -> np.ndarray:
         """Whether one of some columns has no text or nothing but white space in it, bool [N]."""
         found = np.zeros(len(self), bool)
         for name in columns:
-            column = self._table.data.column(name)
+            column = self._table.column(name)
             if not pa.types.is_string(column.type):
                 return np.ones(len(self), bool)
             parts = []
@@ -90,14 +90,18 @@ class Rows(Sequence[Row]):
     def sizes(self) -> np.ndarray:
         """Bytes of all cells of each row as they are stored, int64 [N]."""
         total = np.zeros(len(self), np.int64)
-        for column in self._table.data.columns:
-            total += pc.call_function("binary_length", [column]).fill_null(0).to_numpy()
+        for column in self._table.columns:
+            total += np.concatenate([_lengths(part) for part in column.chunks])
             self._drop_pages()
         return total
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the bytes of the files, in order."""
         return self._fingerprint
+
+    def _cells(self, start: int, count: int) -> list[tuple[Any, ...]]:
+        """Of so many rows from one on, or as many as there are, the cells as they are stored."""
+        return list(zip(*(column.to_pylist() for column in self._table.slice(start, count).columns), strict=True))
 
     def _row(self, cells: Iterable[Any]) -> Row:
         return {
@@ -112,8 +116,13 @@ class Rows(Sequence[Row]):
 
 def _is_blank(column: pa.Array) -> np.ndarray:
     options = pc.TrimOptions(characters=_WHITE)
-    lengths = pc.call_function("binary_length", [pc.call_function("utf8_trim", [column], options)])
-    return lengths.fill_null(0).to_numpy(zero_copy_only=False) == 0
+    return _lengths(pc.call_function("utf8_trim", [column], options)) == 0
+
+
+def _lengths(column: pa.Array) -> np.ndarray:
+    """Bytes of each cell, 0 where there is none; from the offsets, as pyarrow's own way imports pandas if it can."""
+    offsets = np.frombuffer(column.buffers()[1], np.int32)
+    return np.diff(offsets[column.offset : column.offset + len(column) + 1])
 
 
 def read_rows(path: str | Path, split: str | None = None, say: Callable[[str], None] | None = None) -> Rows:
@@ -136,7 +145,7 @@ def read_rows(path: str | Path, split: str | None = None, say: Callable[[str], N
         raise
     # of the names only what decides how the bytes are read
     key = json.dumps([_LAYOUT, fingerprint, sizes, [(suffix_of(f), f.suffix.lower() == ".gz") for f in files]])
-    table = Path(datasets_config.HF_DATASETS_CACHE, "lorafold", f"{hashlib.sha256(key.encode()).hexdigest()}.arrow")
+    table = Path(_cache(), "lorafold", f"{hashlib.sha256(key.encode()).hexdigest()}.arrow")
     if not table.exists():
         if say and sum(sizes) > _LARGE:
             say(f"reading {sum(sizes) / 1e6:,.0f} MB of data, which is remembered until they change ...")
@@ -247,6 +256,11 @@ def _read(file: Path) -> Iterator[Row]:
     return reader(file)
 
 
+def _cache() -> str:
+    """The folder in which the `datasets` library keeps its tables as well."""
+    return os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
+
+
 def _hash(files: list[Path]) -> tuple[str, list[int]]:
     """sha256 (hex) over the bytes of all files, and how many bytes each has."""
     digest, sizes = hashlib.sha256(), []
@@ -271,8 +285,8 @@ def _store(files: list[Path], kinds: dict[str, bool], table: Path) -> None:
                 stream.write_table(block)
     except OutputError as error:
         raise DataError(
-            f"{files[0]}: the rows cannot be written to the cache {datasets_config.HF_DATASETS_CACHE}: {error}. Make "
-            f"room there, or set HF_DATASETS_CACHE to a folder that can be written"
+            f"{files[0]}: the rows cannot be written to the cache {_cache()}: {error}. Make room there, "
+            "or set HF_DATASETS_CACHE to a folder that can be written"
         ) from error
     pa.default_memory_pool().release_unused()
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from jinja2 import Environment, PackageLoader
-from matplotlib.figure import Figure
 
 from lorafold.files import write_text
 from lorafold.runs.folder import REPORT, Run
@@ -81,9 +79,12 @@ def rank_table(ranks: Mapping[str, int]) -> Table:
 
 def loss_plot(metrics: Sequence[dict[str, Any]]) -> str:
     """Training and held-out loss over steps, as SVG."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     steps = [m for m in metrics if "loss" in m]
     evals = [m for m in metrics if "eval_loss" in m]
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "lorafold"}):
+    with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "lorafold"}):
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         axes = figure.subplots()
         axes.plot([m["step"] for m in steps], [m["loss"] for m in steps], color=_BLUE, linewidth=1, label="training")

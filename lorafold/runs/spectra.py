@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from lorafold.adapters.lowrank import LowRank, effective_rank, singular_values, stable_rank
@@ -85,8 +83,11 @@ def plot_spectra(found: Sequence[Spectrum], path: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     kinds = list(dict.fromkeys(spectrum.kind for spectrum in found))
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "lorafold"}):
+    with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "lorafold"}):
         figure = Figure(figsize=(10, 4), layout="constrained")
         falling, ranks = figure.subplots(1, 2)
         for number, kind in enumerate(kinds):

@@ -43,7 +43,7 @@ def test_no_two_descriptions_share_eight_words() -> None:
 
 
 def test_demo_columns_fill_the_demo_templates(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     for part in PARTS:
         rows = read_rows(demo_file(part))
         example = to_examples(rows, prompt_template=DEMO_PROMPT, completion_template=DEMO_COMPLETION)[0]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +26,7 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def _lines(rows: list[Any]) -> bytes:
@@ -122,14 +122,18 @@ def test_rows_are_mapped_from_the_cache_and_written_there_once(
     tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _file(tmp_path, "a.jsonl", _lines(ROWS))
-    first, second = (read_rows(path)._table.cache_files for _ in range(2))
-    assert first
-    assert first == second
+    written = []
+    for _ in range(2):
+        assert read_rows(path)[-1] == ROWS[-1]
+        (table,) = Path(os.environ["HF_DATASETS_CACHE"]).rglob("*.arrow")
+        written.append((table, table.stat().st_mtime_ns))
+    assert written[0] == written[1]
+    with pytest.raises(IndexError):
+        read_rows(path)[len(ROWS)]
     monkeypatch.setitem(READERS, ".jsonl", lambda path: 1 / 0)
     copy = _file(tmp_path, "b.jsonl", _lines(ROWS))
     assert list(read_rows(copy)) == ROWS  # the same bytes are not read again under another name
-    assert capfd.readouterr() == ("", "")  # no progress bars
-    assert not datasets.are_progress_bars_disabled()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_many_rows_come_back_in_order_and_singly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +159,7 @@ def test_rows_without_text_are_seen(tmp_path: Path) -> None:
     assert rows.unsure(["b", "a"]).tolist() == expected == [False, True, True, True, True, False, False, False]
     assert rows.unsure(["b"]).tolist() == [False] * 8
     assert rows.unsure(["b", "n"]).tolist() == [True] * 8  # not text
+    assert rows.sizes().tolist() == [len((cell or "").encode()) + 2 for cell in cells]
 
 
 def test_a_file_that_cannot_be_opened_is_named_with_the_faults_of_the_others(
@@ -235,7 +240,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", _file(tmp_path, "a file", "") / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(_file(tmp_path, "a file", "") / "cache"))
     with pytest.raises(DataError, match=r"cannot be written to the cache .*set HF_DATASETS_CACHE"):
         read_rows(_file(tmp_path, "a.jsonl", _lines(ROWS)))
 

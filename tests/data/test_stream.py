@@ -27,7 +27,7 @@ CONFIG = TrainingConfig(per_device_train_batch_size=4, seed=5)
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(stream, "_SPREAD", 7)
     monkeypatch.setattr(stream, "_LONGEST", 3)
     monkeypatch.setattr(stream, "_BATCH", 16)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import pytest
 
 import lorafold.models.load
@@ -29,7 +28,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_file: Callable[.
     monkeypatch.setattr(lorafold.models.load, "_embedded", lambda: tiny_file("llama", "Q4_1"))
     monkeypatch.setattr(demo, "demo_config", small_config)
     monkeypatch.setattr(demo, "_ANSWER_TOKENS", 4)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.usefixtures("small")
