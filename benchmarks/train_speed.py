@@ -235,8 +235,8 @@ def child(name: str, rows_file: Path, out: Path, profile: bool, micro_batch_toke
 
 
 def with_speed(result: dict[str, Any]) -> dict[str, Any]:
-    """The same with samples per second, of the steps after the first."""
-    later = result["seconds"][1:]
+    """The same with samples per second, of the steps after the first, if there are any."""
+    later = result["seconds"][1:] or result["seconds"]
     return result | {"samples_per_second": STEP_ROWS * len(later) / sum(later)}
 
 

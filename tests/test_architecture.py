@@ -109,10 +109,16 @@ def test_functions_import_only_where_a_command_or_an_extra_needs_it() -> None:
             assert {name.split(".")[0] for name in late} <= optional, path
 
 
-@pytest.mark.parametrize("code", ["import lorafold", "from lorafold.cli.main import run; run(['--help'])"])
-def test_starting_is_light(code: str) -> None:
-    """Neither the import nor the help of the command line loads the heavy libraries."""
-    heavy = ["torch", "transformers", "numba", "pyarrow", "matplotlib"]
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import lorafold", ["torch", "transformers", "numba", "pyarrow", "matplotlib"]),
+        ("from lorafold.cli.main import run; run(['--help'])", ["torch", "transformers", "numba", "pyarrow"]),
+        ("import lorafold.runs.start", ["matplotlib", "pandas", "datasets"]),
+    ],
+)
+def test_starting_is_light(code: str, heavy: list[str]) -> None:
+    """Neither the import nor the help of the command line loads heavy libraries; training none that it can spare."""
     check = f"{code}\nimport sys\nprint([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True).stdout
     assert out.strip().endswith("[]")

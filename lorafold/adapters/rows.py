@@ -133,8 +133,8 @@ def adapters_by_row(
 
     Args:
         rows: an adapter's name for each row.
-        lengths: tokens of each row, where they lie end to end in one pack [1, T]; otherwise they are the first
-            dimension of every layer's input.
+        lengths: tokens of each row, where they lie end to end in one pack [1, T], given whole to every layer;
+            otherwise they are the first dimension of every layer's input.
         dtype: of the activations.
 
     Raises:

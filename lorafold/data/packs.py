@@ -15,11 +15,11 @@ segments     [2, 2, 1]
 parents      [-1, 0, 0]                a segment sees its ancestors
 target_at    1  2  1
 targets     a2 a3 b2                   one hidden state predicts for several rows
-wanted       1  2                      of which it is here the first
-target_in    0  1  0
+wanted       1  2                      each position that predicts, once
+target_in    0  1  0                   where in `wanted` that of a target stands
 """
 
-# T tokens of the pack, S supervised tokens
+# T tokens of the pack, S supervised tokens, W positions that predict them
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Pack:
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack with its tensors on another device; on a GPU once it gets there, without waiting for it."""
-        wait = torch.device(device).type == "cpu"
-        tensors = {key: x.to(device, non_blocking=not wait) for key, x in vars(self).items() if isinstance(x, Tensor)}
+        at_once = torch.device(device).type != "cpu"
+        tensors = {key: x.to(device, non_blocking=at_once) for key, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **tensors)
 
 
@@ -100,9 +100,9 @@ def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None, whol
     targets: list[int] = []
     for row, leaf in zip(rows, leaves, strict=True):
         places = _places(tree, starts, leaf)
-        wanted = [i for i, supervised in enumerate(row.supervised) if supervised]  # never 0
-        target_at += [places[i - 1] for i in wanted]
-        targets += [row.ids[i] for i in wanted]
+        learned = [i for i, supervised in enumerate(row.supervised) if supervised]  # never 0
+        target_at += [places[i - 1] for i in learned]
+        targets += [row.ids[i] for i in learned]
     wanted, target_in = _wanted(torch.tensor(target_at, dtype=torch.int64), len(ids), whole)
     return Pack(
         ids=torch.tensor(ids, dtype=torch.int64),

@@ -6,7 +6,7 @@ part, rows too long for the tiles, caches, a few rows of float32, other types an
 pass with `attention.py`.
 """
 
-# T tokens of the pack
+# T tokens of the pack, W positions that are wanted
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def block_forward(
 
 @functools.cache
 def _with_sums(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class with this forward pass.
+    """The class with this forward pass, for blocks of which none is the last yet.
 
     A class, because transformers wraps the forward pass of each class, to compute blocks again in the backward pass;
     one that a module has for itself would be called as it is.
@@ -86,7 +86,7 @@ def _with_sums(kind: type[nn.Module]) -> type[nn.Module]:
 
 def replace_blocks(model: nn.Module) -> None:
     """Give every block of transformers that computes the same this forward pass."""
-    for module in list(model.modules()):
+    for module in model.modules():
         if type(module).__name__ in REPLACED and type(module).__module__ != __name__:
             module.__class__ = _with_sums(type(module))
         if isinstance(module, nn.ModuleList) and len(module) and type(module[-1]).__name__ in REPLACED:

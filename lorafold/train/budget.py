@@ -70,28 +70,44 @@ def plan_within(
         TrainingError: the longest row does not fit; the message says what would.
     """
     free_at_once()
-    longest = max(len(row) for row in rows)
-    row = _to_try(loaded, rows)
+    longest, needed = max(len(row) for row in rows), 0.0
     training = loaded.model.training
     loaded.model.train()
     try:
-        each = _bytes_per_token(loaded, row)
-        with checkpointed(loaded, True):  # the block that is computed again is kept whole
-            less = each / loaded.model.config.get_text_config().num_hidden_layers + _bytes_per_token(loaded, row)
-            fixed = _fixed_bytes(loaded, row, less)
-        tokens = int((budget * (1 - _SPARE) - fixed) / each) - WHOLE
-        if tokens < longest or checkpointing:
-            checkpointing, each = True, less
-            tokens = int((budget * (1 - _SPARE) - fixed) / each) - WHOLE
+        ways = _ways(loaded, _to_try(loaded, rows))
     finally:
         loaded.model.train(training)
-    if tokens >= longest:
-        return Plan(min(tokens, most), checkpointing, budget, tokens)
-    needed = (fixed + each * (longest + WHOLE)) / (1 - _SPARE)
+    for way in ways:
+        tokens = int((budget * (1 - _SPARE) - way.fixed) / way.each) - WHOLE
+        if way.checkpointing or not checkpointing:
+            if tokens >= longest:
+                return Plan(min(tokens, most), way.checkpointing, budget, tokens)
+            needed = (way.fixed + way.each * (longest + WHOLE)) / (1 - _SPARE)
     raise TrainingError(
         f"memory: the longest row has {longest} tokens, which takes {needed / 1e9:.2f} GB with this model and "
         f"adapter, and {budget / 1e9:.2f} GB are allowed; allow more, or cut rows with a smaller max_length"
     )
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Bytes of everything but activations, and of these by token."""
+
+    checkpointing: bool
+    fixed: float
+    each: float
+
+
+def _ways(loaded: LoadedModel, rows: Sequence[Tokens]) -> list[_Way]:
+    """To compute a step, as measured with rows; the faster first."""
+    each, kept = _kept_by_token(loaded, rows)
+    if not loaded.model.supports_gradient_checkpointing:
+        return [_Way(False, _fixed_bytes(loaded, rows, each), each)]
+    with checkpointed(loaded, True):
+        less, kept_less = _kept_by_token(loaded, rows)
+        fixed = _fixed_bytes(loaded, rows, less)
+    block = each / loaded.model.config.get_text_config().num_hidden_layers  # the one that is computed again
+    return [_Way(False, fixed + max(0.0, kept - kept_less), each), _Way(True, fixed, less + block)]
 
 
 def check_fits(plan: Plan, rows: Sequence[Tokens]) -> None:
@@ -126,9 +142,10 @@ def checkpointed(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
 
 
 def _to_try(loaded: LoadedModel, rows: Sequence[Tokens]) -> list[Tokens]:
-    """Rows of `_TRIED` tokens or more, all supervised; long ones where attention weights are kept."""
+    """Rows of `_TRIED` tokens, or some more, all supervised; long ones where attention weights are kept."""
     if loaded.row_align == 1:
         row = min(rows, key=lambda row: abs(len(row) - _TRIED))
+        row = replace(row, ids=row.ids[:_TRIED], supervised=row.supervised[:_TRIED])
     else:
         row = max(rows, key=lambda row: (len(row) <= KEPT_TOKENS, len(row) if len(row) <= KEPT_TOKENS else -len(row)))
     return [replace(row, supervised=[False] + [True] * (len(row) - 1))] * math.ceil(_TRIED / len(row))
@@ -138,7 +155,7 @@ def _fixed_bytes(loaded: LoadedModel, rows: Sequence[Tokens], each: float) -> fl
     """Bytes of everything but activations (process, model, decoded weights, logits, optimizer), measured in a pass.
 
     Args:
-        each: bytes by token in this pass. Its blocks are computed again, so that it takes little itself.
+        each: bytes that this pass keeps by token; little where blocks are computed again.
     """
     batch = packed(loaded, rows)
     for _ in range(2):  # the first compiles what is not compiled yet
@@ -150,11 +167,15 @@ def _fixed_bytes(loaded: LoadedModel, rows: Sequence[Tokens], each: float) -> fl
     return peak_bytes() - each * len(batch.ids) + _TRAINED_BYTES * trained
 
 
-def _bytes_per_token(loaded: LoadedModel, rows: Sequence[Tokens]) -> float:
-    """What is kept for the backward pass, by token: what as many rows again, or some more, keep beyond these."""
+def _kept_by_token(loaded: LoadedModel, rows: Sequence[Tokens]) -> tuple[float, float]:
+    """Bytes kept for the backward pass by token, which as many rows again, or some more, keep beyond these; the rest.
+
+    The rest is of weights that are made for a pass, where an adapter changes them before they are used.
+    """
     again = math.ceil(WHOLE / sum(map(len, rows)))
     (some, fewer), (rest, more) = (_bytes_kept(loaded, [*rows] * times) for times in (1, 1 + again))
-    return (rest - some) / (more - fewer)
+    each = (rest - some) / (more - fewer)
+    return each, some - each * fewer
 
 
 def _bytes_kept(loaded: LoadedModel, rows: Sequence[Tokens]) -> tuple[int, int]:

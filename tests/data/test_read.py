@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,6 +245,20 @@ def test_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HF_DATASETS_CACHE", str(_file(tmp_path, "a file", "") / "cache"))
     with pytest.raises(DataError, match=r"cannot be written to the cache .*set HF_DATASETS_CACHE"):
         read_rows(_file(tmp_path, "a.jsonl", _lines(ROWS)))
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({"HF_HOME": "home"}, "home/datasets"), ({"HF_HOME": "home", "HF_DATASETS_CACHE": "own"}, "own")],
+)
+def test_the_cache_is_where_the_hub_libraries_have_it(variables: dict[str, str], expected: str) -> None:
+    """Read by the libraries when they are imported, so in a process of its own."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    code = "from lorafold.data.read import _cache; print(_cache())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | variables, check=True, capture_output=True, text=True
+    )
+    assert Path(done.stdout.strip()) == Path(expected)
 
 
 def test_split_is_complete_disjoint_and_pinned() -> None:

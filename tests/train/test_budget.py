@@ -50,8 +50,8 @@ def test_a_wrong_memory_is_refused() -> None:
 
 def _with(monkeypatch: pytest.MonkeyPatch, fixed: float, whole: float, again: float) -> None:
     """What is measured is given: bytes of everything else, and by token without and with checkpointing."""
-    given = cycle([whole, again])
-    monkeypatch.setattr(budget, "_bytes_per_token", lambda *_: next(given))
+    given = cycle([(whole, 0.0), (again, 0.0)])
+    monkeypatch.setattr(budget, "_kept_by_token", lambda *_: next(given))
     monkeypatch.setattr(budget, "_fixed_bytes", lambda *_: fixed)
 
 
@@ -70,11 +70,40 @@ def test_plans(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         plan_within(10**6, loaded, ROWS, 4096)
 
 
+def test_weights_made_for_a_pass_are_counted(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all blocks where they are kept whole, of one at a time where they are computed again, whatever the tokens."""
+    weight = torch.ones(1 << 20, requires_grad=True)
+    for layer in loaded.model.base_model.layers:
+        layer.mlp.register_forward_hook(lambda _, x, y: y + (weight * 2).square().sum() * 0)
+    monkeypatch.setattr(budget, "_fixed_bytes", lambda *_: 5e8)
+    loaded.model.train()
+    whole, again = budget._ways(loaded, [ROWS[1]] * 3)
+    layers = loaded.model.config.num_hidden_layers
+    assert whole.fixed - again.fixed == pytest.approx(layers * weight.nbytes, rel=0.02)
+    assert again.fixed == 5e8
+    assert again.each < whole.each
+
+
+def test_a_model_that_cannot_compute_blocks_again(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is planned as it is, and refused only where it does not fit."""
+    monkeypatch.setattr(type(loaded.model), "supports_gradient_checkpointing", False)
+    plan = plan_within(10**10, loaded, ROWS, 4096)
+    assert (plan.micro_batch_tokens, plan.checkpointing) == (4096, False)
+    with pytest.raises(TrainingError, match="longest row has 90 tokens"):
+        plan_within(10**6, loaded, ROWS, 4096)
+
+
+def test_what_is_tried_is_short(loaded: LoadedModel) -> None:
+    """However long the rows are."""
+    tried = budget._to_try(replace(loaded, row_align=1), [Tokens([1] * 5000, [False] + [True] * 4999, 0)])
+    assert [(len(row), sum(row.supervised)) for row in tried] == [(256, 255)]
+
+
 def test_what_a_token_keeps_is_counted(loaded: LoadedModel) -> None:
     """As more rows add; longer ones keep more, here attention's weights; checkpointing less; the model stays."""
     state = {key: value.clone() for key, value in adapter_state(loaded.model).items()}
     loaded.model.train()
-    each = [budget._bytes_per_token(loaded, [row]) for row in ROWS[:2]]
+    each = [budget._kept_by_token(loaded, [row])[0] for row in ROWS[:2]]
     for row, by_token in zip(ROWS[:2], each, strict=True):
         (some, few), (rest, more) = (budget._bytes_kept(loaded, [row] * times) for times in (2, 6))
         # what is wanted of the last block, a third of this model, and all tokens are rounded up apart
@@ -83,7 +112,7 @@ def test_what_a_token_keeps_is_counted(loaded: LoadedModel) -> None:
     config = loaded.model.config
     assert each[1] > 4 * config.num_hidden_layers * (2 * config.intermediate_size + 4 * config.hidden_size)
     with budget.checkpointed(loaded, True):
-        assert budget._bytes_per_token(loaded, [ROWS[1]]) < each[1] / 2
+        assert budget._kept_by_token(loaded, [ROWS[1]])[0] < each[1] / 2
     assert all(p.grad is None for p in loaded.model.parameters())
     assert all(torch.equal(state[key], value) for key, value in adapter_state(loaded.model).items())
 
