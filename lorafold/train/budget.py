@@ -67,8 +67,10 @@ def plan_within(
         checkpointing: is used in any case.
 
     Raises:
-        TrainingError: the longest row does not fit; the message says what would.
+        TrainingError: the longest row does not fit, and the message says what would; or the model cannot checkpoint.
     """
+    if checkpointing:
+        _refuse_without_checkpointing(loaded)
     free_at_once()
     longest, needed = max(len(row) for row in rows), 0.0
     training = loaded.model.training
@@ -126,10 +128,15 @@ def check_fits(plan: Plan, rows: Sequence[Tokens]) -> None:
 
 @contextlib.contextmanager
 def checkpointed(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
-    """Inside, blocks are computed again in the backward pass, or not."""
+    """Inside, blocks are computed again in the backward pass, or not.
+
+    Raises:
+        TrainingError: transformers cannot do that with this model.
+    """
     if not wanted:
         yield
         return
+    _refuse_without_checkpointing(loaded)
     with warnings.catch_warnings():  # transformers has newer names for both
         warnings.simplefilter("ignore", FutureWarning)
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -139,6 +146,12 @@ def checkpointed(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             loaded.model.gradient_checkpointing_disable()
+
+
+def _refuse_without_checkpointing(loaded: LoadedModel) -> None:
+    if not loaded.model.supports_gradient_checkpointing:
+        kind = type(loaded.model).__name__
+        raise TrainingError(f"gradient_checkpointing: transformers cannot do it with {kind}; leave it out")
 
 
 def _to_try(loaded: LoadedModel, rows: Sequence[Tokens]) -> list[Tokens]:

@@ -85,10 +85,15 @@ def test_weights_made_for_a_pass_are_counted(loaded: LoadedModel, monkeypatch: p
 
 
 def test_a_model_that_cannot_compute_blocks_again(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is planned as it is, and refused only where it does not fit."""
+    """Is planned as it is, and refused where it does not fit, or where that was asked for."""
     monkeypatch.setattr(type(loaded.model), "supports_gradient_checkpointing", False)
     plan = plan_within(10**10, loaded, ROWS, 4096)
     assert (plan.micro_batch_tokens, plan.checkpointing) == (4096, False)
+    with pytest.raises(TrainingError, match=r"gradient_checkpointing: .* LlamaForCausalLM; leave it out"):
+        plan_within(10**10, loaded, ROWS, 4096, checkpointing=True)
+    config = TrainingConfig(learning_rate=1e-3, gradient_checkpointing=True)
+    with pytest.raises(TrainingError, match=r"gradient_checkpointing: .* LlamaForCausalLM; leave it out"):
+        next(train_steps(loaded, ROWS, config))
     with pytest.raises(TrainingError, match="longest row has 90 tokens"):
         plan_within(10**6, loaded, ROWS, 4096)
 
