@@ -1,8 +1,9 @@
-"""Files become rows: an Arrow table, memory-mapped, checked before it is written.
+"""Files become rows: an Arrow table, memory-mapped, written once and whole or not at all.
 
-A file is read twice: once to find all faults and the columns, once to fill the Arrow table. The table lies in the
-cache of data sets under the sha256 of the files, so that what did not change is not read again and what did is never
-confused with its former content. Text columns are stored as text and all others as bytes of JSON, so that each row
+A file is read once, all its faults are found, and the table is filled on the way; a second time only where a row after
+the first thousand has a column, or a kind of value, that none before it had. The table lies in the cache of data sets
+under the sha256 of the files, so that what did not change is not read again and what did is never confused with its
+former content. Text columns are stored as text and all others as bytes of JSON, so that each row
 comes back exactly as it stood in the file.
 """
 
@@ -14,7 +15,7 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from huggingface_hub.constants import HF_HOME
+from pyarrow.lib import StringBuilder
 
 from lorafold.data.readers import READERS, Row, check_utf8, known_suffixes, reader_of, suffix_of
 from lorafold.errors import ConfigError, DataError, bullet_list
@@ -141,7 +143,8 @@ def read_rows(path: str | Path, split: str | None = None, say: Callable[[str], N
     try:
         fingerprint, sizes = _hash(files)
     except OSError:
-        _scan(files)  # names it among the faults of the others
+        for _ in _checked(files):  # names it among the faults of the others
+            pass
         raise
     # of the names only what decides how the bytes are read
     key = json.dumps([_LAYOUT, fingerprint, sizes, [(suffix_of(f), f.suffix.lower() == ".gz") for f in files]])
@@ -149,7 +152,7 @@ def read_rows(path: str | Path, split: str | None = None, say: Callable[[str], N
     if not table.exists():
         if say and sum(sizes) > _LARGE:
             say(f"reading {sum(sizes) / 1e6:,.0f} MB of data, which is remembered until they change ...")
-        _store(files, _scan(files), table)
+        _store(files, table)
     return Rows(table, files, fingerprint)
 
 
@@ -220,32 +223,27 @@ def _in_split(folder: Path, file: Path, split: str) -> bool:
     return any(part.startswith(split) for part in parts) and not any(part[0] in "._" for part in parts)
 
 
-def _scan(files: list[Path]) -> dict[str, bool]:
-    """Column -> whether all its values are text (or missing). Raises the faults of all files at once."""
-    kinds: dict[str, bool] = {}
+def _checked(files: list[Path]) -> Iterator[Row]:
+    """The rows of all files. Raises the faults of all of them at once, after the last row."""
     faults = []
     for file in files:
         try:
-            _scan_file(file, kinds)
+            yield from _rows_in(file)
         except DataError as error:  # noqa: PERF203
             faults.append(str(error))
         except OSError as error:
             faults.append(f"{file}: cannot be opened: {error.strerror}")
-    if not faults and not kinds:
-        faults = [f"{files[0]}: the rows have no columns"]
     if faults:
         raise DataError("\n".join(faults))
-    return kinds
 
 
-def _scan_file(file: Path, kinds: dict[str, bool]) -> None:
-    if file.stat().st_size and suffix_of(file) != ".parquet":
+def _rows_in(file: Path) -> Iterator[Row]:
+    count, size = 0, file.stat().st_size
+    if size and suffix_of(file) != ".parquet":
         check_utf8(file)
-    count = 0
-    for row in _read(file) if file.stat().st_size else ():
+    for row in _read(file) if size else ():
         count += 1
-        for name, value in row.items():
-            kinds[name] = kinds.get(name, True) and (value is None or isinstance(value, str))
+        yield row
     if not count:
         raise DataError(f"{file}: empty: it holds no row")
 
@@ -272,17 +270,13 @@ def _hash(files: list[Path]) -> tuple[str, list[int]]:
     return digest.hexdigest(), sizes
 
 
-def _store(files: list[Path], kinds: dict[str, bool], table: Path) -> None:
-    """Write all rows as an Arrow table; `kinds` as of `_scan`."""
-    schema = pa.schema([(name, pa.string() if is_text else pa.binary()) for name, is_text in kinds.items()])
+def _store(files: list[Path], table: Path) -> None:
+    """Write all rows as an Arrow table. Raises the faults of all files at once."""
+    is_text: dict[str, bool] = {}
     try:
-        with (
-            replacing(table) as temporary,
-            pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_stream(sink, schema) as stream,
-        ):
-            for block in _blocks((row for file in files for row in _read(file)), kinds, schema):
-                stream.write_table(block)
+        with replacing(table) as temporary:
+            while not _write(files, is_text, temporary):
+                pass  # with all columns known
     except OutputError as error:
         raise DataError(
             f"{files[0]}: the rows cannot be written to the cache {_cache()}: {error}. Make room there, "
@@ -291,17 +285,54 @@ def _store(files: list[Path], kinds: dict[str, bool], table: Path) -> None:
     pa.default_memory_pool().release_unused()
 
 
-def _blocks(rows: Iterator[Row], kinds: dict[str, bool], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Tables of `_BLOCK` bytes or more: opening the file looks at the beginning of each."""
+def _write(files: list[Path], is_text: dict[str, bool], path: Path) -> bool:
+    """Write all rows, or tell that one has what neither the first thousand nor `is_text` have.
+
+    Args:
+        is_text: column -> whether all its values are text (or missing), as far as they are known; made complete.
+    """
+    rows = _checked(files)
+    first = list(islice(rows, _BATCH))
+    _look_at(first, is_text)
+    schema = pa.schema([(name, pa.string() if text else pa.binary()) for name, text in is_text.items()])
+    known = dict(is_text)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+        for block in _blocks(chain(first, rows), is_text, schema):
+            stream.write_table(block)
+    if not is_text:
+        raise DataError(f"{files[0]}: the rows have no columns")
+    return is_text == known
+
+
+def _blocks(rows: Iterator[Row], is_text: dict[str, bool], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Tables of `_BLOCK` bytes or more, as opening the file looks at the beginning of each, until a column is new."""
+    known = dict(is_text)
     parts: list[pa.RecordBatch] = []
     while batch := list(islice(rows, _BATCH)):
-        cells = [[_cell(row.get(name), is_text) for row in batch] for name, is_text in kinds.items()]
-        parts.append(pa.record_batch(cells, schema=schema))
+        _look_at(batch, is_text)
+        if is_text != known:
+            parts = []
+            continue
+        parts.append(pa.record_batch([_column(batch, *item) for item in known.items()], schema=schema))
         if sum(part.nbytes for part in parts) >= _BLOCK:
             yield pa.Table.from_batches(parts).combine_chunks()
             parts = []
     if parts:
         yield pa.Table.from_batches(parts).combine_chunks()
+
+
+def _look_at(batch: list[Row], is_text: dict[str, bool]) -> None:
+    """Add columns that are new, and what is no text."""
+    for name in dict.fromkeys(chain.from_iterable(batch)):
+        if is_text.get(name, True):
+            is_text[name] = {type(row.get(name)) for row in batch} <= {str, type(None)}
+
+
+def _column(batch: list[Row], name: str, is_text: bool) -> pa.Array:
+    """One column as it is stored; pyarrow's own way from a list imports pandas if it can."""
+    cells = StringBuilder()
+    cells.append_values([_cell(row.get(name), is_text) for row in batch])
+    return cells.finish() if is_text else cells.finish().cast(pa.binary())
 
 
 def _cell(value: Any, is_text: bool) -> str | bytes | None:

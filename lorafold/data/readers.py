@@ -99,7 +99,7 @@ def _row_fault(row: Any, source: str) -> str | None:
     if not isinstance(row, dict):
         kind = {list: "a list", str: "text", type(None): "null", bool: "true or false"}.get(type(row), "a number")
         return f'{kind}, not an object with columns like {{"prompt": "...", "completion": "..."}}'
-    if "\\ud" in source.lower():  # an escaped surrogate; only pairs make a character
+    if "\\ud" in source or "\\uD" in source:  # an escaped surrogate; only pairs make a character
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:

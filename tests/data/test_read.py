@@ -153,6 +153,52 @@ def test_many_rows_come_back_in_order_and_singly(tmp_path: Path, monkeypatch: py
     assert len(said) == 1
 
 
+@pytest.mark.parametrize(
+    ("late", "reads"),
+    [
+        ({"a": "x"}, 1),
+        ({"a": None}, 1),
+        ({"b": "x"}, 2),
+        ({"a": 7}, 2),
+        ({"a": "x", "b": {"c": [1]}}, 2),
+    ],
+)
+def test_a_file_is_read_again_only_for_what_comes_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: dict[str, Any], reads: int
+) -> None:
+    monkeypatch.setattr("lorafold.data.read._BLOCK", 1000)
+    expected = [{"a": str(i)} for i in range(2500)]
+    path = _file(tmp_path, "a.jsonl", _lines([*expected, late, {"a": "last"}]))
+    read, begun = READERS[".jsonl"], []
+    monkeypatch.setitem(READERS, ".jsonl", lambda path: begun.append(path) or read(path))
+    rows = read_rows(path)
+    missing = {"a": None} | ({"b": None} if "b" in late else {})
+    assert list(rows) == [missing | row for row in [*expected, late, {"a": "last"}]]
+    assert len(begun) == reads
+
+
+def test_a_late_fault_leaves_nothing_behind(tmp_path: Path) -> None:
+    _file(tmp_path, "a.jsonl", _lines([{"a": str(i)} for i in range(2500)]) + b"{\n")
+    _file(tmp_path, "b.csv", "")
+    with pytest.raises(DataError, match=r"a\.jsonl: (.*\n)*.*line 2501: broken JSON(.*\n)*.*b\.csv: empty"):
+        read_rows(tmp_path)
+    assert not [path for path in Path(os.environ["HF_DATASETS_CACHE"]).rglob("*") if path.is_file()]
+
+
+def test_reading_imports_no_pandas(tmp_path: Path) -> None:
+    """Where it is installed pyarrow would: 47 MB."""
+    path = _file(tmp_path, "a.jsonl", _lines(ROWS))
+    code = f"""
+import sys
+from lorafold.data.read import read_rows
+before = set(sys.modules)
+assert len(read_rows({str(path)!r})) == {len(ROWS)}
+print(sorted(name for name in set(sys.modules) - before if name.startswith("pandas")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_rows_without_text_are_seen(tmp_path: Path) -> None:
     """White space as `str.strip` has it."""
     cells = ["a", "", None, " \t\n", "\x1c\u3000\x85", " a", "\u200b", "한"]
