@@ -102,7 +102,7 @@ def test_functions_import_only_where_a_command_or_an_extra_needs_it() -> None:
 
     And what draws: 25 MB that training can do without.
     """
-    optional = {"triton", "xllamacpp", "mlx", "mlx_lm", "huggingface_hub", "matplotlib"}
+    optional = {"triton", "xllamacpp", "mlx", "mlx_lm", "matplotlib"}
     for path in MODULES:
         if path.parent.name != "cli":
             late = set(imports(path)) - set(imports(path, nested=False))
