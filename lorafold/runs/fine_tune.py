@@ -24,7 +24,7 @@ from lorafold.runs.resume import Left, check_same_learning, left_of
 from lorafold.runs.start import open_folder, pick_device, seeded
 from lorafold.runs.task_report import task_report
 from lorafold.runs.tasks import Task, Tokenized, task_of
-from lorafold.train.budget import Plan
+from lorafold.train.budget import Plan, check_checkpointing
 from lorafold.train.checkpoint import State, restore_training, save_checkpoint
 from lorafold.train.loop import Step, make_optimizer, rows_per_step, total_steps, usual_tokens
 from lorafold.train.memory import peak_bytes, restart_peak
@@ -99,6 +99,8 @@ def _prepare(config: RunConfig, task: Task, display: Display, left: Left | None)
     task = task.with_labels(config.model, raw.train)
     seeded(training.seed)
     loaded = task.load(config.model, compute_dtype(training.dtype, device), device)
+    if training.gradient_checkpointing:
+        check_checkpointing(loaded)
     display.say(f"model: {loaded.path.name} in {_name(loaded.dtype)} on {device}")
     train = task.tokenized(raw.train, loaded, config.data.max_length, "the training rows")
     held_out = task.tokenized(raw.held_out, loaded, config.data.max_length, "the held-out rows")

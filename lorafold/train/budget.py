@@ -64,13 +64,11 @@ def plan_within(
         loaded: the model, with its adapters.
         rows: the training rows.
         most: tokens of a micro-batch that are never exceeded.
-        checkpointing: is used in any case.
+        checkpointing: is used in any case; the model can do it.
 
     Raises:
-        TrainingError: the longest row does not fit, and the message says what would; or the model cannot checkpoint.
+        TrainingError: the longest row does not fit, and the message says what would.
     """
-    if checkpointing:
-        _refuse_without_checkpointing(loaded)
     free_at_once()
     longest, needed = max(len(row) for row in rows), 0.0
     training = loaded.model.training
@@ -136,7 +134,7 @@ def checkpointed(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    _refuse_without_checkpointing(loaded)
+    check_checkpointing(loaded)
     with warnings.catch_warnings():  # transformers has newer names for both
         warnings.simplefilter("ignore", FutureWarning)
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -148,7 +146,12 @@ def checkpointed(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
             loaded.model.gradient_checkpointing_disable()
 
 
-def _refuse_without_checkpointing(loaded: LoadedModel) -> None:
+def check_checkpointing(loaded: LoadedModel) -> None:
+    """Refuse a model that transformers cannot compute again in the backward pass.
+
+    Raises:
+        TrainingError: names its class.
+    """
     if not loaded.model.supports_gradient_checkpointing:
         kind = type(loaded.model).__name__
         raise TrainingError(f"gradient_checkpointing: transformers cannot do it with {kind}; leave it out")

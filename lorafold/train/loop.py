@@ -30,7 +30,7 @@ from lorafold.errors import ConfigError, TrainingError
 from lorafold.evals.loss import head_once, pack_loss, packed
 from lorafold.models.heap import free_at_once, keep_freed_memory
 from lorafold.models.load import LoadedModel
-from lorafold.train.budget import Plan, check_fits, checkpointed, plan_within
+from lorafold.train.budget import Plan, check_checkpointing, check_fits, checkpointed, plan_within
 from lorafold.train.distributed import ALONE, Workers
 from lorafold.train.schedule import learning_rate_at
 
@@ -88,8 +88,10 @@ def plan_step(loaded: LoadedModel, rows: Sequence[Tokens] | RowStream, config: T
     """How many tokens are computed at once, and whether blocks are computed again.
 
     Raises:
-        TrainingError: the longest row does not fit the memory that is allowed.
+        TrainingError: the longest row does not fit the memory that is allowed, or the model cannot checkpoint.
     """
+    if config.gradient_checkpointing:
+        check_checkpointing(loaded)
     if config.memory_bytes is None:
         return Plan(config.micro_batch_tokens or usual_tokens(loaded), config.gradient_checkpointing)
     most = config.micro_batch_tokens or LARGEST_MICRO_BATCH

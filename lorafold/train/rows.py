@@ -17,6 +17,7 @@ from lorafold.config import TrainingConfig
 from lorafold.errors import TrainingError
 from lorafold.models.heap import keep_freed_memory
 from lorafold.models.load import LoadedModel
+from lorafold.train.budget import checkpointed
 from lorafold.train.loop import Step, epoch_batches, seed_step, total_steps, usual_tokens
 from lorafold.train.objectives import Objective
 from lorafold.train.schedule import learning_rate_at
@@ -38,22 +39,24 @@ def train_rows(
         done: steps of the run that the model and the optimizer have behind them.
 
     Raises:
-        TrainingError: a loss or gradient is not finite; the parameters are those before that step.
+        TrainingError: a loss or gradient is not finite, and the parameters are those before that step; or the model
+            cannot checkpoint.
     """
     assert config.learning_rate is not None
     keep_freed_memory()
     total = total_steps(len(rows), config)
     batches = islice(epoch_batches(len(rows), config), done, total)
-    if config.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     gc.collect()
     gc.freeze()  # the collector would walk through the model and all imported modules several times a step
     try:
-        for step, numbers in enumerate(batches, done):
-            loaded.model.train()
-            seed_step(loaded.device, config.seed, step + 1)
-            rate = learning_rate_at(step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
-            yield _one_step(objective, loaded, [rows[i] for i in numbers], optimizer, config, step + 1, rate)
+        with checkpointed(loaded, config.gradient_checkpointing):
+            for step, numbers in enumerate(batches, done):
+                loaded.model.train()
+                seed_step(loaded.device, config.seed, step + 1)
+                rate = learning_rate_at(
+                    step, total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
+                )
+                yield _one_step(objective, loaded, [rows[i] for i in numbers], optimizer, config, step + 1, rate)
     finally:
         gc.unfreeze()
         loaded.model.eval()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, RobertaConfig, RobertaModel
+from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, MPNetConfig, MPNetModel, RobertaConfig, RobertaModel
 
 from lorafold.cli.main import run
 from lorafold.evals.embed import embed
@@ -109,6 +109,20 @@ def test_batches_change_nothing(embedder: Make, rows: Path, tmp_path: Path) -> N
         losses.append([m["loss"] for m in read_run(tmp_path / str(i)).metrics if "loss" in m])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert losses[0] == pytest.approx(losses[2], abs=1e-4)
+
+
+def test_blocks_that_cannot_be_computed_again(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers checkpoints no MPNet: refused before anything is written, and trained without."""
+    model = tiny_bert(tmp_path / "m")
+    config = {"vocab_size": 19, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    MPNetModel(MPNetConfig(**config, intermediate_size=48, pad_token_id=0)).save_pretrained(model)
+    line = [model, *TASK, "--data", rows, "--method", "lora", "--max-steps", 1, "--output-dir", tmp_path / "out"]
+    assert command("train", *line, "--gradient-checkpointing") == 2
+    assert "gradient_checkpointing: transformers cannot do it with MPNetModel" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (tmp_path / "out").exists()
+    assert command("train", *line) == 0
 
 
 def test_a_pooler_is_neither_trained_nor_lost(embedder: Make, tmp_path: Path) -> None:

@@ -89,9 +89,10 @@ def test_a_model_that_cannot_compute_blocks_again(loaded: LoadedModel, monkeypat
     monkeypatch.setattr(type(loaded.model), "supports_gradient_checkpointing", False)
     plan = plan_within(10**10, loaded, ROWS, 4096)
     assert (plan.micro_batch_tokens, plan.checkpointing) == (4096, False)
-    with pytest.raises(TrainingError, match=r"gradient_checkpointing: .* LlamaForCausalLM; leave it out"):
-        plan_within(10**10, loaded, ROWS, 4096, checkpointing=True)
     config = TrainingConfig(learning_rate=1e-3, gradient_checkpointing=True)
+    for given in (config, replace(config, memory="10GB")):
+        with pytest.raises(TrainingError, match=r"gradient_checkpointing: .* LlamaForCausalLM; leave it out"):
+            plan_step(loaded, ROWS, given)
     with pytest.raises(TrainingError, match=r"gradient_checkpointing: .* LlamaForCausalLM; leave it out"):
         next(train_steps(loaded, ROWS, config))
     with pytest.raises(TrainingError, match="longest row has 90 tokens"):
