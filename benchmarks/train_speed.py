@@ -69,6 +69,9 @@ def read_rows(path: Path, count: int) -> list[dict[str, str]]:
 
 def run_lorafold(rows: list[dict[str, str]], options: dict[str, Any]) -> dict[str, Any]:
     """Train with LoraFold; returns seconds and losses per step."""
+    from lorafold.cli.main import share_cores
+
+    share_cores()  # as its command line does
     import torch
 
     from lorafold.adapters.inject import inject

@@ -67,7 +67,7 @@ def _complain(text: str) -> None:
         sys.stderr.write(f"lorafold: {text}\n")
 
 
-def _share_cores() -> None:
+def share_cores() -> None:
     """Let waiting threads sleep after a fifth of a millisecond, before OpenMP reads this as torch is loaded.
 
     GNU's OpenMP lets them spin some milliseconds, in which other programs cannot have the core: beside one that is
@@ -79,5 +79,5 @@ def _share_cores() -> None:
 
 def main() -> None:
     """Entry point of the `lorafold` command."""
-    _share_cores()
+    share_cores()
     sys.exit(run(sys.argv[1:]))
