@@ -1,10 +1,10 @@
-"""Files become rows: an Arrow table, memory-mapped, written once and whole or not at all.
+"""Files become rows: an Arrow table, memory-mapped, there whole or not at all.
 
-A file is read once, all its faults are found, and the table is filled on the way; a second time only where a row after
-the first thousand has a column, or a kind of value, that none before it had. The table lies in the cache of data sets
-under the sha256 of the files, so that what did not change is not read again and what did is never confused with its
-former content. Text columns are stored as text and all others as bytes of JSON, so that each row
-comes back exactly as it stood in the file.
+A file is parsed once, all its faults are found, and the table is filled on the way; a second time only where a row
+after the first thousand has a column that none before it had, or the first value of one that is no text. The table
+lies in the cache of data sets under the sha256 of the files, so that what did not change is not read again and what did
+is never confused with its former content. Text columns are stored as text and all others as bytes of JSON, so that each
+row comes back exactly as it stood in the file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import heapq
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,7 @@ def read_rows(path: str | Path, split: str | None = None, say: Callable[[str], N
     try:
         fingerprint, sizes = _hash(files)
     except OSError:
-        for _ in _checked(files):  # names it among the faults of the others
-            pass
+        _raise_faults(files)  # names it among those of the others
         raise
     # of the names only what decides how the bytes are read
     key = json.dumps([_LAYOUT, fingerprint, sizes, [(suffix_of(f), f.suffix.lower() == ".gz") for f in files]])
@@ -237,6 +237,11 @@ def _checked(files: list[Path]) -> Iterator[Row]:
         raise DataError("\n".join(faults))
 
 
+def _raise_faults(files: list[Path]) -> None:
+    for _ in _checked(files):
+        pass
+
+
 def _rows_in(file: Path) -> Iterator[Row]:
     count, size = 0, file.stat().st_size
     if size and suffix_of(file) != ".parquet":
@@ -278,6 +283,7 @@ def _store(files: list[Path], table: Path) -> None:
             while not _write(files, is_text, temporary):
                 pass  # with all columns known
     except OutputError as error:
+        _raise_faults(files)  # no disk is made room on for nothing
         raise DataError(
             f"{files[0]}: the rows cannot be written to the cache {_cache()}: {error}. Make room there, "
             "or set HF_DATASETS_CACHE to a folder that can be written"
@@ -292,12 +298,13 @@ def _write(files: list[Path], is_text: dict[str, bool], path: Path) -> bool:
         is_text: column -> whether all its values are text (or missing), as far as they are known; made complete.
     """
     rows = _checked(files)
-    first = list(islice(rows, _BATCH))
+    first = deque(islice(rows, _BATCH))
     _look_at(first, is_text)
     schema = pa.schema([(name, pa.string() if text else pa.binary()) for name, text in is_text.items()])
     known = dict(is_text)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-        for block in _blocks(chain(first, rows), is_text, schema):
+        again = (first.popleft() for _ in range(len(first)))  # none is held longer than those after it
+        for block in _blocks(chain(again, rows), is_text, schema):
             stream.write_table(block)
     if not is_text:
         raise DataError(f"{files[0]}: the rows have no columns")
@@ -313,15 +320,28 @@ def _blocks(rows: Iterator[Row], is_text: dict[str, bool], schema: pa.Schema) ->
         if is_text != known:
             parts = []
             continue
-        parts.append(pa.record_batch([_column(batch, *item) for item in known.items()], schema=schema))
-        if sum(part.nbytes for part in parts) >= _BLOCK:
-            yield pa.Table.from_batches(parts).combine_chunks()
-            parts = []
+        for part in _stored(batch, known, schema):
+            parts.append(part)
+            if sum(part.nbytes for part in parts) >= _BLOCK:
+                yield pa.Table.from_batches(parts).combine_chunks()
+                parts = []
     if parts:
         yield pa.Table.from_batches(parts).combine_chunks()
 
 
-def _look_at(batch: list[Row], is_text: dict[str, bool]) -> None:
+def _stored(batch: list[Row], is_text: dict[str, bool], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Rows as they are stored, in halves where a column has more than the 2 GiB of an array."""
+    columns = [_column(batch, *item) for item in is_text.items()]
+    if all(len(column) == len(batch) for column in columns):
+        yield pa.record_batch(columns, schema=schema)
+        return
+    if len(batch) == 1:
+        raise DataError("a row has a cell of more than 2 GiB, which is more than can be stored")
+    for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+        yield from _stored(half, is_text, schema)
+
+
+def _look_at(batch: Collection[Row], is_text: dict[str, bool]) -> None:
     """Add columns that are new, and what is no text."""
     for name in dict.fromkeys(chain.from_iterable(batch)):
         if is_text.get(name, True):
@@ -329,7 +349,11 @@ def _look_at(batch: list[Row], is_text: dict[str, bool]) -> None:
 
 
 def _column(batch: list[Row], name: str, is_text: bool) -> pa.Array:
-    """One column as it is stored; pyarrow's own way from a list imports pandas if it can."""
+    """One column as it is stored, with fewer cells where they would not fit.
+
+    pyarrow's own way from a list is slower and imports pandas if it can. The builder says nothing where an array is
+    full.
+    """
     cells = StringBuilder()
     cells.append_values([_cell(row.get(name), is_text) for row in batch])
     return cells.finish() if is_text else cells.finish().cast(pa.binary())

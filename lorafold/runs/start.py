@@ -38,7 +38,7 @@ from lorafold.runs.from_adapter import adapt_for, adopted
 from lorafold.runs.prepare import PreparedData, prepare
 from lorafold.runs.report import write_report
 from lorafold.runs.resume import Left, check_same_learning, left_of, sweep
-from lorafold.train.budget import Plan
+from lorafold.train.budget import Plan, check_checkpointing
 from lorafold.train.checkpoint import State, restore_training, save_checkpoint
 from lorafold.train.distributed import ALONE, Workers, joined
 from lorafold.train.loop import (
@@ -125,6 +125,8 @@ def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) 
     """Model, adapter and rows of a run; nothing is written."""
     device = workers.take_device(pick_device(config.training.device))
     loaded = _load(config, display, workers, device)
+    if config.training.gradient_checkpointing:
+        check_checkpointing(loaded)
     data = prepare(config.data, loaded.tokenizer, config.training.seed, display)
     rows = data.train.rows
     check_same_learning(left, train_rows=len(rows), data_sha256=data.fingerprint, dtype=_name(loaded.dtype))

@@ -143,7 +143,7 @@ def train_steps(
 
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those before that step. Or the longest row
-            does not fit the memory that is allowed.
+            does not fit the memory that is allowed, or the model cannot checkpoint.
         DataError: a row of a stream turns out to be unusable, or too long for the memory that is allowed.
     """
     assert config.learning_rate is not None

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, MPNetConfig, MPNetModel, RobertaConfig, RobertaModel
+from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from lorafold.cli.main import run
 from lorafold.evals.embed import embed
@@ -97,16 +98,24 @@ def test_peft_reads_the_adapter(embedder: Make, rows: Path) -> None:
     torch.testing.assert_close(ours, alone(theirs, AutoTokenizer.from_pretrained(model), given), atol=1e-5, rtol=0)
 
 
-def test_batches_change_nothing(embedder: Make, rows: Path, tmp_path: Path) -> None:
+def test_batches_change_nothing(embedder: Make, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One text at a time, all at once, or computed again in the backward pass: the same trajectory."""
     model, _ = embedder("bert", "lora")
-    losses = []
+    losses, calls, forward = [], [0], BertSelfAttention.forward
+
+    def counted(self: BertSelfAttention, *given: Any, **options: Any) -> Any:
+        calls[-1] += self.training
+        return forward(self, *given, **options)
+
+    monkeypatch.setattr(BertSelfAttention, "forward", counted)
     for i, options in enumerate(
         (["--micro-batch-tokens", 1], ["--micro-batch-tokens", 4096], ["--gradient-checkpointing"])
     ):
         line = [*options, "--data", rows, "--method", "lora", "--max-steps", 6, "--dtype", "float32"]
         assert command("train", model, *TASK, *line, "--output-dir", tmp_path / str(i)) == 0
         losses.append([m["loss"] for m in read_run(tmp_path / str(i)).metrics if "loss" in m])
+        calls.append(0)
+    assert calls[2] == 2 * calls[1] > 0  # the two that compute everything at once
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert losses[0] == pytest.approx(losses[2], abs=1e-4)
 

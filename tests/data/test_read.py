@@ -287,10 +287,34 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         read_rows(_file(tmp_path, "a.jsonl", _lines(ROWS)), split="train")
 
 
+def test_columns_of_more_than_an_array_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow's builder drops what is more than 2 GiB without a word, and takes smaller cells after it."""
+
+    class Full:
+        def __init__(self) -> None:
+            self.kept: list[str] = []
+
+        def append_values(self, cells: list[str]) -> None:
+            for cell in cells:
+                if sum(map(len, self.kept)) + len(cell) <= 100:
+                    self.kept.append(cell)
+
+        def finish(self) -> pa.Array:
+            return pa.array(self.kept, pa.string())
+
+    monkeypatch.setattr("lorafold.data.read.StringBuilder", Full)
+    expected = [{"a": "x" * (i % 60), "b": str(i)} for i in range(300)]
+    assert list(read_rows(_file(tmp_path, "a.jsonl", _lines(expected)))) == expected
+    with pytest.raises(DataError, match="a cell of more than 2 GiB"):
+        read_rows(_file(tmp_path, "b.jsonl", _lines([{"a": "x" * 101}])))
+
+
 def test_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(_file(tmp_path, "a file", "") / "cache"))
     with pytest.raises(DataError, match=r"cannot be written to the cache .*set HF_DATASETS_CACHE"):
         read_rows(_file(tmp_path, "a.jsonl", _lines(ROWS)))
+    with pytest.raises(DataError, match="line 1: broken JSON"):  # which no room on a disk would mend
+        read_rows(_file(tmp_path, "b.jsonl", b"{"))
 
 
 @pytest.mark.parametrize(
