@@ -3,18 +3,18 @@
     python benchmarks/train_speed.py --data gsm8k/train.jsonl.gz --json speed.json
 
 SmolLM2-135M-Instruct, r = 8 on all linear layers, 8 rows a step, Alpaca text, loss on the completions. Every contender
-runs in a process of its own, one after the other; its speed is that of the steps after the first, its memory the
-peak resident set of the process. All take the same rows in the same order, so the ratio of two contenders is the
-median of the ratios step by step, which one slow step on a shared machine does not move. LoraFold trains on the
-packed Q4_1 file, TRL on the same weights made dense by transformers. The losses of the first step must agree, or
-nothing is reported.
+runs in a process of its own, one after the other (with `--rounds` all of them several times); its speed is that of the
+steps after the first, its memory the peak resident set of the process. All take the same rows in the same order, so the
+ratio of two contenders is the median of the ratios step by step, which one slow step on a shared machine does not move.
+LoraFold trains on the packed Q4_1 file, TRL on the same weights made dense by transformers. The losses of the first
+step must agree, or nothing is reported.
 
 The share of the matrix-product rate is that of the necessary arithmetic: 4 operations for each adapted weight and token
 computed (what rows share counted once, and of the last block what follows attention where a supervised token is
 predicted), 4 for each weight of the head and supervised token; the rate is torch's best
 of 20 products of 2,048 x 2,048 matrices in the type that LoraFold computes in: bfloat16 where the processor multiplies
-it, elsewhere float32. There TRL's best settings are in float32 too, while its defaults stay what they are. Where the
-time goes is a profile of QA-LoRA's last steps.
+it, elsewhere float32. There TRL's best settings are in float32 too, while its defaults stay what they are; as bfloat16
+is emulated there, they also run with it turned off. Where the time goes is a profile of QA-LoRA's last steps.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ CONTENDERS = {
     "lorafold qa-lora": {"method": "qa-lora"},
     "lorafold lora": {"method": "lora"},
     "trl default": {},
+    "trl default, float32": {"bf16": False},
     "trl best": {"gradient_checkpointing": False, "loss_type": "chunked_nll", "dense": "auto"},
 }
 
@@ -272,12 +273,20 @@ def run_child(name: str, args: argparse.Namespace, profile: bool = False) -> dic
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the contenders in turn."""
+    """Run the contenders in turn, so many times."""
     results: dict[str, Any] = {}
-    for name in args.contenders:
-        results[name] = run_child(name, args)
-        print(f"{name}: {results[name]['samples_per_second']:.2f} samples/s", file=sys.stderr)
+    for _, name in itertools.product(range(args.rounds), args.contenders):
+        result = run_child(name, args)
+        print(f"{name}: {result['samples_per_second']:.2f} samples/s", file=sys.stderr)
+        results[name] = joined(results[name], result) if name in results else result
     return results
+
+
+def joined(former: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    """The same with the steps of another round, of which the first is not counted either."""
+    lists = {key: former[key] + again[key][1:] for key in ("seconds", "operations") if key in former}
+    peak = max(former["peak_memory_gb"], again["peak_memory_gb"])
+    return with_speed(former | lists | {"peak_memory_gb": peak})
 
 
 def main() -> None:
@@ -285,6 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="rows with question and answer (GSM8K)")
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=1, help="on a machine whose speed wanders")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -295,6 +305,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(args.child, args.rows_file, args.out, args.profile, args.micro_batch_tokens)
+    if args.rows < 2 * STEP_ROWS:
+        parser.error(f"--rows: at least {2 * STEP_ROWS}, two steps, as the first one is not counted")
     results = measure(args)
     first = {name: r["losses"][0] for name, r in results.items()}
     if max(first.values()) - min(first.values()) > SAME_LOSS:

@@ -24,13 +24,14 @@ from lorafold.data.pairs import Pair
 from lorafold.data.tags import Tagged
 from lorafold.data.tokens import Tokens
 from lorafold.evals.classes import scores
-from lorafold.evals.embed import embed
+from lorafold.evals.embed import embed, embed_at_once, in_batches
 from lorafold.evals.entities import tag_scores
 from lorafold.evals.figures import Figures
 from lorafold.evals.loss import hidden_states, packed
-from lorafold.evals.retrieval import RetrievalScores, candidates_of, retrieval, scaled_cosines
+from lorafold.evals.retrieval import Candidates, RetrievalScores, candidates_of, retrieval, scaled_cosines
 from lorafold.models.load import LoadedModel
 from lorafold.models.transformers_folder import positions
+from lorafold.train.loop import usual_tokens
 
 Progress = Callable[[int], None]
 
@@ -38,8 +39,12 @@ Progress = Callable[[int], None]
 class Objective(Protocol):
     """What rows are trained for."""
 
-    def add_gradients(self, loaded: LoadedModel, rows: Sequence[Any], max_tokens: int) -> tuple[float, int]:
-        """Add the gradients of the mean loss of some rows; the loss in nats, and over how much it is a mean."""
+    def add_gradients(self, loaded: LoadedModel, rows: Sequence[Any], max_tokens: int | None) -> tuple[float, int]:
+        """Add the gradients of the mean loss of some rows; the loss in nats, and over how much it is a mean.
+
+        Args:
+            max_tokens: most tokens at once, with padding; None where nobody said.
+        """
         ...
 
     def evaluate(
@@ -61,10 +66,10 @@ class CrossEntropy:
     logits: Callable[[LoadedModel, Sequence[Any]], Tensor]
     figures: Callable[[list[float], list[list[int]], list[list[int]]], Figures]
 
-    def add_gradients(self, loaded: LoadedModel, rows: Sequence[Any], max_tokens: int) -> tuple[float, int]:
+    def add_gradients(self, loaded: LoadedModel, rows: Sequence[Any], max_tokens: int | None) -> tuple[float, int]:
         """See `Objective`."""
         count, total = sum(len(row.labels) for row in rows), 0.0
-        for batch in by_length(rows, max_tokens):
+        for batch in by_length(rows, max_tokens or usual_tokens(loaded)):
             targets = torch.tensor([*chain(*(row.labels for row in batch))], device=loaded.device)
             loss = F.cross_entropy(self.logits(loaded, batch), targets, reduction="sum") / count
             loss.backward()
@@ -108,8 +113,9 @@ def classify_words(labels: Sequence[str]) -> CrossEntropy:
 class InfoNCE:
     """Pairs of texts, each found among the texts of all rows of the step; see `evals/retrieval.py`.
 
-    Gradients of all texts meet in the loss, so a step keeps what the backward pass needs of all of them; a limit of
-    tokens at once only spares padding.
+    Gradients of all texts meet in the loss, so a step keeps what the backward pass needs of all of them. Where somebody
+    limited the tokens at once it keeps that of one batch: vectors first, without it, and when the loss has given the
+    gradient of each vector, every batch a second time (GradCache, arXiv 2101.06983). The result is the same.
 
     Attributes:
         scale: of the cosines.
@@ -117,14 +123,29 @@ class InfoNCE:
 
     scale: float
 
-    def add_gradients(self, loaded: LoadedModel, rows: Sequence[Pair], max_tokens: int) -> tuple[float, int]:
+    def add_gradients(self, loaded: LoadedModel, rows: Sequence[Pair], max_tokens: int | None) -> tuple[float, int]:
         """See `Objective`."""
         among = candidates_of(rows)
-        vectors = embed(loaded, [*(row.anchor for row in rows), *among.texts], max_tokens)
-        cosines = scaled_cosines(vectors[: len(rows)], vectors[len(rows) :], among.others, self.scale)
-        loss = F.cross_entropy(cosines, torch.tensor(among.positive, device=cosines.device))
-        loss.backward()
+        texts, most = [*(row.anchor for row in rows), *among.texts], max_tokens or usual_tokens(loaded)
+        batches = in_batches(texts, most)
+        if max_tokens is None or len(batches) == 1:
+            loss = self._loss(embed(loaded, texts, most), among)
+            loss.backward()
+            return float(loss.detach()), len(rows)
+        gpus = [loaded.device] if loaded.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(gpus):  # what is dropped out here is dropped out again below
+            vectors = embed(loaded, texts, most)
+        loss = self._loss(vectors.requires_grad_(), among)
+        (gradient,) = torch.autograd.grad(loss, vectors)
+        for numbers in batches:
+            embed_at_once(loaded, [texts[i] for i in numbers]).backward(gradient[numbers])
         return float(loss.detach()), len(rows)
+
+    def _loss(self, vectors: Tensor, among: Candidates) -> Tensor:
+        """Mean over the rows, of the vectors of their anchors and then of the candidates [N + C, H]."""
+        count = len(among.positive)
+        cosines = scaled_cosines(vectors[:count], vectors[count:], among.others, self.scale)
+        return F.cross_entropy(cosines, torch.tensor(among.positive, device=cosines.device))
 
     @torch.no_grad()
     def evaluate(

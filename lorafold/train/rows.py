@@ -18,7 +18,7 @@ from lorafold.errors import TrainingError
 from lorafold.models.heap import keep_freed_memory
 from lorafold.models.load import LoadedModel
 from lorafold.train.budget import checkpointed
-from lorafold.train.loop import Step, epoch_batches, seed_step, total_steps, usual_tokens
+from lorafold.train.loop import Step, epoch_batches, seed_step, total_steps
 from lorafold.train.objectives import Objective
 from lorafold.train.schedule import learning_rate_at
 
@@ -73,7 +73,7 @@ def _one_step(
 ) -> Step:
     began = time.perf_counter()
     with parameters_once(loaded.model):
-        loss, supervised = objective.add_gradients(loaded, rows, config.micro_batch_tokens or usual_tokens(loaded))
+        loss, supervised = objective.add_gradients(loaded, rows, config.micro_batch_tokens)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
     if not math.isfinite(loss) or not math.isfinite(norm):

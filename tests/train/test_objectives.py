@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel
 
 from lorafold.data.pairs import Pair, pair_texts, tokenize_pairs
+from lorafold.evals.embed import embed_at_once
 from lorafold.models.encoder import load_encoder
 from lorafold.models.load import LoadedModel
 from lorafold.train.objectives import InfoNCE
@@ -61,6 +63,44 @@ def test_info_nce(encoder: LoadedModel, negative: str | None, max_tokens: int) -
             atol = 1e-4 * float(gradients[name].abs().max()) + 1e-7
             assert parameter.grad is not None
             torch.testing.assert_close(parameter.grad.double(), gradients[name], atol=atol, rtol=1e-3)
+
+
+def test_limited_tokens_keep_one_batch_and_drop_out_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GradCache against one graph over all batches, with dropout, from the same random state."""
+    encoder = load_encoder(tiny_bert(tmp_path))
+    encoder.model.requires_grad_(True).train()
+    for module in encoder.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    rows, kept, alive, most = pairs(encoder, "{negative}"), embed_at_once, [], []
+
+    def watched(loaded: LoadedModel, texts: list[tuple[int, ...]]) -> Tensor:
+        vectors = kept(loaded, texts)
+        if vectors.requires_grad:
+            alive.append(weakref.ref(vectors))
+            most.append(sum(one() is not None for one in alive))
+        return vectors
+
+    monkeypatch.setattr("lorafold.evals.embed.embed_at_once", watched)
+    monkeypatch.setattr("lorafold.train.objectives.embed_at_once", watched)
+    monkeypatch.setattr("lorafold.train.objectives.usual_tokens", lambda _: 40)
+    found = []
+    for limit in (None, 40):
+        torch.manual_seed(3)
+        encoder.model.zero_grad()
+        alive.clear()
+        most.clear()
+        loss, _ = InfoNCE(20.0).add_gradients(encoder, rows, limit)
+        gradients = {name: p.grad for name, p in encoder.model.named_parameters() if p.grad is not None}
+        found.append((loss, gradients, torch.get_rng_state()))
+        assert len(most) > 2
+        assert max(most) == (1 if limit else len(most))
+    (loss, wanted, state), (again, gradients, after) = found
+    assert again == pytest.approx(loss, abs=1e-6)
+    assert torch.equal(after, state)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():  # float32, sums in another order
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5 * float(gradient.abs().max()) + 1e-8, rtol=1e-4)
 
 
 def test_scale_is_that_of_the_cosines(encoder: LoadedModel) -> None:
