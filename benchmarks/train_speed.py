@@ -11,10 +11,10 @@ step must agree, or nothing is reported.
 
 The share of the matrix-product rate is that of the necessary arithmetic: 4 operations for each adapted weight and token
 computed (what rows share counted once, and of the last block what follows attention where a supervised token is
-predicted), 4 for each weight of the head and supervised token; the rate is torch's best
-of 20 products of 2,048 x 2,048 matrices in the type that LoraFold computes in: bfloat16 where the processor multiplies
-it, elsewhere float32. There TRL's best settings are in float32 too, while its defaults stay what they are; as bfloat16
-is emulated there, they also run with it turned off. Where the time goes is a profile of QA-LoRA's last steps.
+predicted), 4 for each weight of the head and supervised token; the rate is torch's best of 20 products of 2,048 x 2,048
+matrices in the type that LoraFold computes in: bfloat16 where the processor multiplies it, elsewhere float32. There
+TRL's best settings are in float32 too, while its defaults stay what they are; as bfloat16 is emulated there, they also
+run with it turned off (everywhere, for comparison). Where the time goes is a profile of QA-LoRA's last steps.
 """
 
 from __future__ import annotations
@@ -305,8 +305,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(args.child, args.rows_file, args.out, args.profile, args.micro_batch_tokens)
-    if args.rows < 2 * STEP_ROWS:
-        parser.error(f"--rows: at least {2 * STEP_ROWS}, two steps, as the first one is not counted")
+    if args.rows < 2 * STEP_ROWS or args.rows % STEP_ROWS or args.rounds < 1:
+        parser.error(
+            f"--rows: whole steps of {STEP_ROWS}, two or more, as the first is not counted; --rounds: 1 or more"
+        )
     results = measure(args)
     first = {name: r["losses"][0] for name, r in results.items()}
     if max(first.values()) - min(first.values()) > SAME_LOSS:

@@ -18,7 +18,7 @@ def by_length(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
     """Rows by length, the longest first, in batches of at most so many tokens with padding (or one longer row)."""
     left = sorted(rows, key=lambda row: -len(row))
     while left:
-        size = max(1, max_tokens // len(left[0]))
+        size = max(1, max_tokens // _filled(len(left[0])))
         yield left[:size]
         left = left[size:]
 
@@ -30,7 +30,11 @@ def fill_up(rows: Sequence[Sequence[int]], padding: int, positions: int) -> tupl
         positions: longest row that the model has positions for; 0 if that is not known.
     """
     longest = max(map(len, rows))
-    longest = min(-(-longest // _WHOLE) * _WHOLE, max(positions, longest))
+    longest = min(_filled(longest), max(positions, longest))
     ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
     return ids, torch.arange(longest) < lengths[:, None]
+
+
+def _filled(length: int) -> int:
+    return -(-length // _WHOLE) * _WHOLE
