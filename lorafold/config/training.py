@@ -31,7 +31,7 @@ class TrainingConfig:
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         micro_batch_tokens: most tokens computed at once, if not given 1,024, or 768 in float32; changes speed and
             memory, not the result. Embeddings, whose loss needs all texts of a step, keep all batches of it unless this
-            is given; then one is kept, and each is computed twice.
+            or `memory` is given and they have more tokens together; then one is kept, and each is computed twice.
         memory: what the process (or GPU) may take, such as `2GB`; micro-batches and checkpointing are chosen to fit.
         shared_prefix_tokens: rows of a step that begin with so many equal tokens or more compute these once, which
             changes no result; 0 never. With dropout nothing is shared.

@@ -10,15 +10,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-_WHOLE = 16  # batches are filled up to a multiple of this: a CPU's library compiles and keeps a kernel for each shape
+WHOLE = 16  # batches are filled up to a multiple of this: a CPU's library compiles and keeps a kernel for each shape
 Row = TypeVar("Row", bound=Sized)
 
 
-def by_length(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
-    """Rows by length, the longest first, in batches of at most so many tokens with padding (or one longer row)."""
+def by_length(rows: Sequence[Row], max_tokens: int, more: int = 0) -> Iterator[list[Row]]:
+    """Rows by length, the longest first, in batches of at most so many tokens with padding (or one longer row).
+
+    Args:
+        more: tokens that each row has besides.
+    """
     left = sorted(rows, key=lambda row: -len(row))
     while left:
-        size = max(1, max_tokens // _filled(len(left[0])))
+        size = max(1, max_tokens // _filled(len(left[0]) + more))
         yield left[:size]
         left = left[size:]
 
@@ -36,5 +40,10 @@ def fill_up(rows: Sequence[Sequence[int]], padding: int, positions: int) -> tupl
     return ids, torch.arange(longest) < lengths[:, None]
 
 
+def filled_up(batch: Sequence[Sized], more: int = 0) -> int:
+    """Tokens of a batch with padding; `more` as in `by_length`."""
+    return len(batch) * _filled(max(map(len, batch)) + more)
+
+
 def _filled(length: int) -> int:
-    return -(-length // _WHOLE) * _WHOLE
+    return -(-length // WHOLE) * WHOLE

@@ -24,19 +24,18 @@ from lorafold.runs.resume import Left, check_same_learning, left_of
 from lorafold.runs.start import open_folder, pick_device, seeded
 from lorafold.runs.task_report import task_report
 from lorafold.runs.tasks import Task, Tokenized, task_of
-from lorafold.train.budget import Plan, check_checkpointing
+from lorafold.train.budget import Plan
 from lorafold.train.checkpoint import State, restore_training, save_checkpoint
 from lorafold.train.loop import Step, make_optimizer, rows_per_step, total_steps, usual_tokens
 from lorafold.train.memory import peak_bytes, restart_peak
 from lorafold.train.objectives import evaluate_rows
-from lorafold.train.rows import train_rows
+from lorafold.train.rows import plan_rows, train_rows
 
 _MEANINGLESS = (
     "prompt",
     "completion",
     "template",
     "supervise",
-    "memory",
     "shared_prefix_tokens",
     "shard_base",
 )
@@ -99,8 +98,6 @@ def _prepare(config: RunConfig, task: Task, display: Display, left: Left | None)
     task = task.with_labels(config.model, raw.train)
     seeded(training.seed)
     loaded = task.load(config.model, compute_dtype(training.dtype, device), device)
-    if training.gradient_checkpointing:
-        check_checkpointing(loaded)
     display.say(f"model: {loaded.path.name} in {_name(loaded.dtype)} on {device}")
     train = task.tokenized(raw.train, loaded, config.data.max_length, "the training rows")
     held_out = task.tokenized(raw.held_out, loaded, config.data.max_length, "the held-out rows")
@@ -114,9 +111,13 @@ def _prepare(config: RunConfig, task: Task, display: Display, left: Left | None)
     injection = inject(loaded.model, spec)
     display.say(f"training: {spec.label}, {injection.describe()}")
     optimizer = make_optimizer(loaded, training)
-    folder = open_folder(config, left)
+    loading = peak_bytes()  # planning counts anew
+    plan = (left and left.plan) or plan_rows(task.objective, loaded, train.rows, training)
+    if plan.budget:
+        display.say(plan.describe())
+    folder, left = open_folder(config, left), left or Left()
     return _Session(
-        config, spec, task, display, loaded, raw, train, held_out, injection, optimizer, folder, left or Left()
+        config, spec, task, display, loaded, raw, train, held_out, injection, optimizer, plan, loading, folder, left
     )
 
 
@@ -126,6 +127,8 @@ class _Session:
 
     Attributes:
         spec: what is trained; that of the configuration, and what is new in the model.
+        plan: how its steps are computed.
+        loading: memory that everything before planning took, in bytes.
         left: what an earlier process has done of it.
     """
 
@@ -139,6 +142,8 @@ class _Session:
     held_out: Tokenized
     injection: Injection
     optimizer: torch.optim.Optimizer
+    plan: Plan
+    loading: int
     folder: RunFolder
     left: Left
     steps: list[Step] = field(init=False)
@@ -169,7 +174,8 @@ class _Session:
 
     def _evaluate(self, step: int, known: bool = False) -> Figures:
         """Figures of the held-out rows, which are noted where they are not known yet."""
-        rows, most = self.held_out.rows, self.config.training.micro_batch_tokens or usual_tokens(self.loaded)
+        training, rows = self.config.training, self.held_out.rows
+        most = min(self.plan.micro_batch_tokens, training.micro_batch_tokens or usual_tokens(self.loaded))
         with self.display.bar("evaluating", len(rows)) as advance:
             found = evaluate_rows(self.task.objective, self.loaded, rows, most, advance)
         if not known:
@@ -179,7 +185,7 @@ class _Session:
     def _train(self) -> None:
         training, rows, done = self.config.training, self.train.rows, len(self.steps)
         total = total_steps(len(rows), training)
-        running = train_rows(self.task.objective, self.loaded, rows, training, self.optimizer, done)
+        running = train_rows(self.task.objective, self.loaded, rows, training, self.plan, self.optimizer, done)
         try:
             follow(running, self.steps, total, self.display, lambda step: self._after(step, total))
         except BaseException as error:  # Ctrl-C and the like too: what was learned so far is kept
@@ -218,7 +224,7 @@ class _Session:
             train_rows=len(self.train.rows),
             data_sha256=self.raw.fingerprint,
             dtype=_name(self.loaded.dtype),
-            plan=Plan(training.micro_batch_tokens or usual_tokens(self.loaded), training.gradient_checkpointing),
+            plan=self.plan,
         )
         path = checkpoint_folder(self.folder.path, step)
         save_checkpoint(path, self.loaded, self.spec, self.optimizer, state, notes=self._notes)
@@ -233,7 +239,7 @@ class _Session:
             "trainable_parameters": self.injection.trainable,
             "samples_per_second": sum(step.rows for step in steps) / seconds,
             "tokens_per_second": sum(step.tokens for step in steps) / seconds,
-            "peak_memory_bytes": peak_bytes(),
+            "peak_memory_bytes": max(self.loading, peak_bytes()),
             "train_seconds": seconds,
             "steps": len(steps),
             "resumed_from": self.left.step,

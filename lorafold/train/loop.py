@@ -11,7 +11,7 @@ import gc
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -30,11 +30,17 @@ from lorafold.errors import ConfigError, TrainingError
 from lorafold.evals.loss import head_once, pack_loss, packed
 from lorafold.models.heap import free_at_once, keep_freed_memory
 from lorafold.models.load import LoadedModel
-from lorafold.train.budget import Plan, check_checkpointing, check_fits, checkpointed, plan_within
+from lorafold.train.budget import (
+    Plan,
+    Trial,
+    check_checkpointing,
+    check_fits,
+    checkpointed,
+    plan_within,
+    trial_of_packs,
+)
 from lorafold.train.distributed import ALONE, Workers
 from lorafold.train.schedule import learning_rate_at
-
-LARGEST_MICRO_BATCH = 4096  # tokens, within a given memory; larger ones are no faster
 
 
 @dataclass(frozen=True)
@@ -90,13 +96,23 @@ def plan_step(loaded: LoadedModel, rows: Sequence[Tokens] | RowStream, config: T
     Raises:
         TrainingError: the longest row does not fit the memory that is allowed, or the model cannot checkpoint.
     """
+    known = rows.sample if isinstance(rows, RowStream) else rows
+    return plan_as_configured(loaded, config, lambda: trial_of_packs(loaded, known))
+
+
+def plan_as_configured(loaded: LoadedModel, config: TrainingConfig, trial: Callable[[], Trial]) -> Plan:
+    """The same for whatever is tried; that is asked for only where memory is limited.
+
+    Raises:
+        TrainingError: as `plan_step`.
+    """
     if config.gradient_checkpointing:
         check_checkpointing(loaded)
     if config.memory_bytes is None:
         return Plan(config.micro_batch_tokens or usual_tokens(loaded), config.gradient_checkpointing)
-    most = config.micro_batch_tokens or LARGEST_MICRO_BATCH
-    known = rows.sample if isinstance(rows, RowStream) else rows
-    return plan_within(config.memory_bytes, loaded, known, most, config.gradient_checkpointing)
+    tried = trial()
+    most = config.micro_batch_tokens or tried.most
+    return plan_within(config.memory_bytes, loaded, tried, most, config.gradient_checkpointing)
 
 
 def make_optimizer(loaded: LoadedModel, config: TrainingConfig) -> torch.optim.Optimizer:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lorafold.adapters.adapted import parameters_once
 from lorafold.adapters.whole import head
-from lorafold.data.batches import by_length, fill_up
+from lorafold.data.batches import WHOLE, by_length, fill_up, filled_up
 from lorafold.data.labels import Labelled
 from lorafold.data.pairs import Pair
 from lorafold.data.tags import Tagged
@@ -27,13 +27,16 @@ from lorafold.evals.classes import scores
 from lorafold.evals.embed import embed, embed_at_once, in_batches
 from lorafold.evals.entities import tag_scores
 from lorafold.evals.figures import Figures
+from lorafold.evals.loss import WHOLE as PACK
 from lorafold.evals.loss import hidden_states, packed
 from lorafold.evals.retrieval import Candidates, RetrievalScores, candidates_of, retrieval, scaled_cosines
 from lorafold.models.load import LoadedModel
 from lorafold.models.transformers_folder import positions
+from lorafold.train.budget import LARGEST_MICRO_BATCH, TRIED, Trial
 from lorafold.train.loop import usual_tokens
 
 Progress = Callable[[int], None]
+_COPIES = 4  # of the vectors and cosines of a step that are there at once, gradients among them
 
 
 class Objective(Protocol):
@@ -44,6 +47,15 @@ class Objective(Protocol):
 
         Args:
             max_tokens: most tokens at once, with padding; None where nobody said.
+        """
+        ...
+
+    def trial(self, loaded: LoadedModel, rows: Sequence[Any], together: int) -> Trial:
+        """What shows how much memory a step takes.
+
+        Args:
+            rows: all that are trained on.
+            together: rows of a step.
         """
         ...
 
@@ -69,12 +81,22 @@ class CrossEntropy:
     def add_gradients(self, loaded: LoadedModel, rows: Sequence[Any], max_tokens: int | None) -> tuple[float, int]:
         """See `Objective`."""
         count, total = sum(len(row.labels) for row in rows), 0.0
-        for batch in by_length(rows, max_tokens or usual_tokens(loaded)):
+        for batch in by_length(rows, max_tokens or usual_tokens(loaded), _ends(loaded)):
             targets = torch.tensor([*chain(*(row.labels for row in batch))], device=loaded.device)
             loss = F.cross_entropy(self.logits(loaded, batch), targets, reduction="sum") / count
             loss.backward()
             total += float(loss.detach())
         return total, count
+
+    def trial(self, loaded: LoadedModel, rows: Sequence[Any], together: int) -> Trial:  # noqa: ARG002
+        """See `Objective`: the longest row again and again, as rows keep the more by token the longer they are."""
+        longest, ends = max(rows, key=len), _ends(loaded)
+        some = [longest] * -(-TRIED // len(longest))
+
+        def loss(times: int) -> tuple[Tensor, int]:
+            return self.logits(loaded, some * times).square().sum(), times * filled_up(some, ends)
+
+        return Trial(loss, len(longest) + ends, PACK if ends else WHOLE)
 
     @torch.no_grad()
     def evaluate(
@@ -84,7 +106,7 @@ class CrossEntropy:
         losses: list[float] = []
         predicted: list[list[int]] = []
         true: list[list[int]] = []
-        for batch in by_length(rows, max_tokens):
+        for batch in by_length(rows, max_tokens, _ends(loaded)):
             logits = self.logits(loaded, batch)
             targets = torch.tensor([*chain(*(row.labels for row in batch))], device=logits.device)
             losses += F.cross_entropy(logits, targets, reduction="none").tolist()
@@ -113,8 +135,8 @@ def classify_words(labels: Sequence[str]) -> CrossEntropy:
 class InfoNCE:
     """Pairs of texts, each found among the texts of all rows of the step; see `evals/retrieval.py`.
 
-    Gradients of all texts meet in the loss, so a step keeps what the backward pass needs of all of them. Where somebody
-    limited the tokens at once it keeps that of one batch: vectors first, without it, and when the loss has given the
+    Gradients of all texts meet in the loss, so a step keeps what the backward pass needs of all of them. Where it has
+    more tokens than somebody allowed it keeps one batch: vectors first, without it, and when the loss has given the
     gradient of each vector, every batch a second time (GradCache, arXiv 2101.06983). The result is the same.
 
     Attributes:
@@ -126,9 +148,10 @@ class InfoNCE:
     def add_gradients(self, loaded: LoadedModel, rows: Sequence[Pair], max_tokens: int | None) -> tuple[float, int]:
         """See `Objective`."""
         among = candidates_of(rows)
-        texts, most = [*(row.anchor for row in rows), *among.texts], max_tokens or usual_tokens(loaded)
+        texts = [*(row.anchor for row in rows), *among.texts]
+        most = usual_tokens(loaded) if max_tokens is None else min(max_tokens, LARGEST_MICRO_BATCH)
         batches = in_batches(texts, most)
-        if max_tokens is None or len(batches) == 1:
+        if max_tokens is None or sum(filled_up([texts[i] for i in batch]) for batch in batches) <= max_tokens:
             loss = self._loss(embed(loaded, texts, most), among)
             loss.backward()
             return float(loss.detach()), len(rows)
@@ -140,6 +163,28 @@ class InfoNCE:
         for numbers in batches:
             embed_at_once(loaded, [texts[i] for i in numbers]).backward(gradient[numbers])
         return float(loss.detach()), len(rows)
+
+    def trial(self, loaded: LoadedModel, rows: Sequence[Pair], together: int) -> Trial:
+        """See `Objective`: the longest text again and again; vectors and cosines are those of the whole step."""
+        longest = max((text for row in rows for text in (row.anchor, row.positive, row.negative)), key=len)
+        some = [longest] * -(-TRIED // len(longest))
+
+        def loss(times: int) -> tuple[Tensor, int]:
+            return embed_at_once(loaded, some * times).sum(), times * filled_up(some)
+
+        among = together * (2 if any(row.negative for row in rows) else 1)
+        width = loaded.model.config.get_text_config().hidden_size
+        held = _COPIES * 4 * (together * among + (together + among) * width)
+        most = (together + among) * filled_up([longest])
+        return Trial(
+            loss,
+            len(longest),
+            WHOLE,
+            most,
+            held,
+            cut="take fewer rows a step (per_device_train_batch_size)",
+            what="text",
+        )
 
     def _loss(self, vectors: Tensor, among: Candidates) -> Tensor:
         """Mean over the rows, of the vectors of their anchors and then of the candidates [N + C, H]."""
@@ -190,6 +235,11 @@ def _logits_filled_up(loaded: LoadedModel, rows: Sequence[Labelled | Tagged]) ->
     ids, mask = fill_up([row.ids for row in rows], loaded.tokenizer.pad_token_id, positions(loaded))
     ids, mask = ids.to(loaded.device), mask.to(loaded.device)
     return loaded.model(input_ids=ids, attention_mask=mask.long()).logits.float()
+
+
+def _ends(loaded: LoadedModel) -> int:
+    """Tokens that stand after each row."""
+    return int(_is_packed(loaded))
 
 
 def _is_packed(loaded: LoadedModel) -> bool:

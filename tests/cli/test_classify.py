@@ -190,7 +190,7 @@ BAD: dict[str, tuple[list[object], list[str]]] = {
     "one label": (["--limit", "1", "--eval-data", "other.jsonl"], ["at least two labels", "sorted"]),
     "qa-lora": (["--method", "qa-lora"], ["--method lora"]),
     "prompt": (["--prompt", "{text}", "--completion", "{label}"], ["prompt means nothing", "completion means nothing"]),
-    "memory": (["--memory", "2GB"], ["memory means nothing"]),
+    "memory": (["--memory", "1MB"], ["memory: the longest row has", "max_length"]),
     "prefixes": (["--shared-prefix-tokens", "5"], ["shared_prefix_tokens means nothing"]),
     "eva": (["--init-lora-weights", "eva"], ["eva is for language models"]),
     "lora+": (["--method", "head", "--loraplus-lr-ratio", "4"], ["for adapters with a B"]),

@@ -200,7 +200,7 @@ BAD: dict[str, tuple[list[object], list[str]]] = {
     "one row": (["--per-device-train-batch-size", "1"], ["nothing to tell its positive from"]),
     "scale": (["--scale", "0"], ["scale is 0.0; it must be positive"]),
     "label": (["--label-column", "stars"], ["label_column means nothing to --task embedding", "--task classification"]),
-    "memory": (["--memory", "2GB"], ["memory means nothing"]),
+    "memory": (["--memory", "1MB"], ["memory: the longest text has", "max_length"]),
 }
 
 

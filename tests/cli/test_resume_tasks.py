@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from lorafold.models.classifier import adapter_labels
 from lorafold.runs import fine_tune
 from lorafold.runs.folder import RunFolder, checkpoints
+from lorafold.train.checkpoint import read_state
 from tests.practice import command
 from tests.tiny_classifier import labelled_rows, pair_rows, tagged_rows, tiny_bert, write_rows
 
@@ -84,3 +85,19 @@ def test_a_run_that_has_not_begun_begins(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert command(*line, "--save-total-limit", 1, "--output-dir", tmp_path / "run") == 2
     assert "data_sha256 was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_memory_changes_no_result(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan is said, kept with the checkpoint, and holds for evaluation as well."""
+    model, data = tiny_bert(tmp_path / "m"), write_rows(tmp_path / "rows.jsonl", ROWS[task](40))
+    line = ["train", model, "--task", task, "--data", data, "--method", "lora", "--max-steps", 4, "--save-steps", 2]
+    assert command(*line, "--output-dir", tmp_path / "free") == 0
+    assert "to stay below" not in capsys.readouterr().err
+    assert command(*line, "--memory", "4GB", "--micro-batch-tokens", 64, "--output-dir", tmp_path / "run") == 0
+    assert "micro-batches of up to 64 tokens to stay below 4.00 GB" in " ".join(capsys.readouterr().err.split())
+    free, run = (outcome(tmp_path / name)["metrics"] for name in ("free", "run"))
+    for expected, found in zip(free, run, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    plan = read_state(checkpoints(tmp_path / "run")[-1]).plan
+    assert (plan.micro_batch_tokens, plan.budget) == (64, 4 * 10**9)

@@ -21,7 +21,7 @@ from lorafold.evals.loss import pack_loss, packed
 from lorafold.files import parse_bytes
 from lorafold.models.load import LoadedModel, load
 from lorafold.train import budget
-from lorafold.train.budget import Plan, plan_within
+from lorafold.train.budget import Plan, pass_over, plan_within, trial_of_packs
 from lorafold.train.loop import plan_step, train_steps
 
 ROWS = [Tokens(list(range(2, 2 + n)), [False] + [True] * (n - 1), i) for i, n in enumerate([20, 90, 50, 30])]
@@ -52,22 +52,24 @@ def _with(monkeypatch: pytest.MonkeyPatch, fixed: float, whole: float, again: fl
     """What is measured is given: bytes of everything else, and by token without and with checkpointing."""
     given = cycle([(whole, 0.0), (again, 0.0)])
     monkeypatch.setattr(budget, "_kept_by_token", lambda *_: next(given))
-    monkeypatch.setattr(budget, "_fixed_bytes", lambda *_: fixed)
+    monkeypatch.setattr(budget, "_measured", lambda *_: (fixed, 0.0))
 
 
 def test_plans(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     _with(monkeypatch, 1e6, 1000.0, 100.0)
     layers = loaded.model.config.num_hidden_layers
     again = 100 + 1000 / layers
-    assert plan_within(10**8, loaded, ROWS, 4096) == Plan(4096, False, 10**8, int((0.95e8 - 1e6) / 1000) - 64)
+    assert plan_within(10**8, loaded, trial_of_packs(loaded, ROWS), 4096) == Plan(
+        4096, False, 10**8, int((0.95e8 - 1e6) / 1000) - 64
+    )
     fit = int((0.95 * 2e6 - 1e6) / 1000) - 64
-    assert plan_within(2 * 10**6, loaded, ROWS, 4096) == Plan(fit, False, 2 * 10**6, fit)
-    assert plan_within(2 * 10**6, loaded, ROWS, 4096, checkpointing=True).checkpointing
+    assert plan_within(2 * 10**6, loaded, trial_of_packs(loaded, ROWS), 4096) == Plan(fit, False, 2 * 10**6, fit)
+    assert plan_within(2 * 10**6, loaded, trial_of_packs(loaded, ROWS), 4096, checkpointing=True).checkpointing
     tight = int((1e6 + 120 * 1000) / 0.95)  # 120 tokens, and the longest row takes 90 and the rest of a pack
     fit = int((0.95 * tight - 1e6) / again) - 64
-    assert plan_within(tight, loaded, ROWS, 4096) == Plan(fit, True, tight, fit)
+    assert plan_within(tight, loaded, trial_of_packs(loaded, ROWS), 4096) == Plan(fit, True, tight, fit)
     with pytest.raises(TrainingError, match=r"longest row has 90 tokens, which takes 0\.00 GB.*max_length"):
-        plan_within(10**6, loaded, ROWS, 4096)
+        plan_within(10**6, loaded, trial_of_packs(loaded, ROWS), 4096)
 
 
 def test_weights_made_for_a_pass_are_counted(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +77,9 @@ def test_weights_made_for_a_pass_are_counted(loaded: LoadedModel, monkeypatch: p
     weight = torch.ones(1 << 20, requires_grad=True)
     for layer in loaded.model.base_model.layers:
         layer.mlp.register_forward_hook(lambda _, x, y: y + (weight * 2).square().sum() * 0)
-    monkeypatch.setattr(budget, "_fixed_bytes", lambda *_: 5e8)
+    monkeypatch.setattr(budget, "_measured", lambda *_: (5e8, 0.0))
     loaded.model.train()
-    whole, again = budget._ways(loaded, [ROWS[1]] * 3)
+    whole, again = budget._ways(loaded, trial_of_packs(loaded, [ROWS[1]] * 3), 10**10)
     layers = loaded.model.config.num_hidden_layers
     assert whole.fixed - again.fixed == pytest.approx(layers * weight.nbytes, rel=0.02)
     assert again.fixed == 5e8
@@ -87,7 +89,7 @@ def test_weights_made_for_a_pass_are_counted(loaded: LoadedModel, monkeypatch: p
 def test_a_model_that_cannot_compute_blocks_again(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is planned as it is, and refused where it does not fit, or where that was asked for."""
     monkeypatch.setattr(type(loaded.model), "supports_gradient_checkpointing", False)
-    plan = plan_within(10**10, loaded, ROWS, 4096)
+    plan = plan_within(10**10, loaded, trial_of_packs(loaded, ROWS), 4096)
     assert (plan.micro_batch_tokens, plan.checkpointing) == (4096, False)
     config = TrainingConfig(learning_rate=1e-3, gradient_checkpointing=True)
     for given in (config, replace(config, memory="10GB")):
@@ -96,7 +98,7 @@ def test_a_model_that_cannot_compute_blocks_again(loaded: LoadedModel, monkeypat
     with pytest.raises(TrainingError, match=r"gradient_checkpointing: .* LlamaForCausalLM; leave it out"):
         next(train_steps(loaded, ROWS, config))
     with pytest.raises(TrainingError, match="longest row has 90 tokens"):
-        plan_within(10**6, loaded, ROWS, 4096)
+        plan_within(10**6, loaded, trial_of_packs(loaded, ROWS), 4096)
 
 
 def test_what_is_tried_is_short(loaded: LoadedModel) -> None:
@@ -109,16 +111,16 @@ def test_what_a_token_keeps_is_counted(loaded: LoadedModel) -> None:
     """As more rows add; longer ones keep more, here attention's weights; checkpointing less; the model stays."""
     state = {key: value.clone() for key, value in adapter_state(loaded.model).items()}
     loaded.model.train()
-    each = [budget._kept_by_token(loaded, [row])[0] for row in ROWS[:2]]
+    each = [budget._kept_by_token(loaded, pass_over(loaded, [row] * 4))[0] for row in ROWS[:2]]
     for row, by_token in zip(ROWS[:2], each, strict=True):
-        (some, few), (rest, more) = (budget._bytes_kept(loaded, [row] * times) for times in (2, 6))
+        (some, few), (rest, more) = (budget._bytes_kept(loaded, pass_over(loaded, [row]), times) for times in (2, 6))
         # what is wanted of the last block, a third of this model, and all tokens are rounded up apart
         assert by_token == pytest.approx((rest - some) / (more - few), rel=0.04)
     assert each[0] < each[1] < 2 * each[0]
     config = loaded.model.config
     assert each[1] > 4 * config.num_hidden_layers * (2 * config.intermediate_size + 4 * config.hidden_size)
     with budget.checkpointed(loaded, True):
-        assert budget._kept_by_token(loaded, [ROWS[1]])[0] < each[1] / 2
+        assert budget._kept_by_token(loaded, pass_over(loaded, [ROWS[1]]))[0] < each[1] / 2
     assert all(p.grad is None for p in loaded.model.parameters())
     assert all(torch.equal(state[key], value) for key, value in adapter_state(loaded.model).items())
 
@@ -138,7 +140,7 @@ def test_what_is_counted_is_what_a_backward_pass_finds(loaded: LoadedModel, agai
         with parameters_once(loaded.model), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             pack_loss(loaded, batch := packed(loaded, ROWS))
         expected = sum(storage.nbytes() for address, storage in found.items() if address not in model)
-        assert budget._bytes_kept(loaded, ROWS) == (expected, len(batch.ids))
+        assert budget._bytes_kept(loaded, pass_over(loaded, ROWS)) == (expected, len(batch.ids))
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -209,3 +211,20 @@ def test_the_process_stays_below(rank: int, more: int, sizes: tuple[int, ...]) -
     measuring, training, allowed = map(int, done.stdout.split())
     assert 0.5 * allowed < training <= allowed
     assert 0.5 * allowed < measuring <= allowed
+
+
+def test_checkpointing_asks_for_no_gradient_below_the_lowest_adapter(loaded: LoadedModel) -> None:
+    """transformers lets embeddings ask for one, and goes on when checkpointing has ended."""
+    asked: list[bool] = []
+    last = loaded.model.base_model.layers[-1]
+    adapter = [p for p in last.parameters() if p.requires_grad]
+    loaded.model.requires_grad_(False)
+    for parameter in adapter:
+        parameter.requires_grad_(True)
+    last.register_forward_pre_hook(lambda _, args: asked.append(args[0].requires_grad))
+    loaded.model.train()
+    for wanted in (True, False):
+        with budget.checkpointed(loaded, wanted):
+            pack_loss(loaded, packed(loaded, ROWS))
+    assert adapter
+    assert asked == [False, False]
