@@ -33,6 +33,7 @@ class TrainingConfig:
             memory, not the result. Embeddings, whose loss needs all texts of a step, keep all batches of it unless this
             or `memory` is given and they have more tokens together; then one is kept, and each is computed twice.
         memory: what the process (or GPU) may take, such as `2GB`; micro-batches and checkpointing are chosen to fit.
+            Vectors of held-out pairs are not counted.
         shared_prefix_tokens: rows of a step that begin with so many equal tokens or more compute these once, which
             changes no result; 0 never. With dropout nothing is shared.
         shard_base: with torchrun: each worker keeps a part of the base's blocks, and all gather a block to compute it;
