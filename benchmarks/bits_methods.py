@@ -13,11 +13,13 @@ of the table:
 
 All files are MLX folders with an 8-bit embedding, in groups of 32; those of 4 bits in groups of 64, because the default
 base's weights come from 4 bits in groups of 32 and would be kept by these unchanged. GPTQ is calibrated on the same
-training rows in every row of the table. Rows with several learning rates try them with the first seed, in the deployed
-file; the rate is chosen by a loss on 100 training rows (`--validation-rows`) that were not trained on (gsm8k: of the
-answer, arc: of the right choice among all), the other seeds run at that rate, and the figures are of the test rows.
-gsm8k: loss per token of the answers; arc: share of questions whose right answer is the likeliest of all (mean
-log-likelihood per token). Finished parts in DIR are kept, so the command can be stopped and repeated.
+training rows in every row of the table: the first ones, or with `--draw-calibration` those that a seed draws, so that
+each seed has a base of its own. Rows with several learning rates try them with the first seed, in the deployed file;
+the rate is chosen by a loss on 100 training rows (`--validation-rows`) that were not trained on (gsm8k: of the answer,
+arc: of the right choice among all), the other seeds run at that rate, and the figures are of the test rows. gsm8k: loss
+per token of the answers; arc: share of questions whose right answer is the likeliest of all (mean log-likelihood per
+token). `--methods` picks rows of the table by number, from 0. Finished parts in DIR are kept, so the command can be
+stopped and repeated.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import argparse
 import functools
 import gzip
 import json
+import random
 import re
 import shutil
 import statistics
@@ -126,6 +129,7 @@ class Table:
         self.results: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
         counts = f"{args.rows} {args.eval_rows}" + (f" {args.calibration_rows}" if args.calibration_rows != 64 else "")
         counts += f" of {args.validation_rows}" if args.validation_rows != 100 else ""
+        counts += " drawn" if args.draw_calibration else ""
         settings = f"{args.task} {args.train.name} {args.test.name} {counts} {args.model or ''}"
         note = self.folder / "settings.txt"
         if note.exists() and note.read_text() != settings:
@@ -138,19 +142,19 @@ class Table:
         pairs = [{"prompt": q.prompt, "completion": q.choices[q.right]} for q in self.train]
         self.rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
-    def losses(self, loaded: LoadedModel, questions: list[Question]) -> tuple[float, float]:
-        """What a rate is chosen by, and what the table shows."""
+    def losses(self, loaded: LoadedModel, questions: list[Question]) -> tuple[float, list[float]]:
+        """What a rate is chosen by, and what the table shows the mean of: a loss, or 1 for each question answered."""
         rows = [[self.tokens(loaded, q.prompt, choice) for choice in q.choices] for q in questions]
         if self.args.task == "gsm8k":
             loss = evaluate(loaded, [choices[0] for choices in rows])
-            return loss, loss
+            return loss, [loss]
         means = choice_losses(loaded, rows)
         right = [q.right for q in questions]
         chosen = [min(range(len(m)), key=m.__getitem__) for m in means]
         loss = statistics.mean(
             float(-torch.log_softmax(-torch.tensor(m), 0)[r]) for m, r in zip(means, right, strict=True)
         )
-        return loss, statistics.mean(c == r for c, r in zip(chosen, right, strict=True))
+        return loss, [float(c == r) for c, r in zip(chosen, right, strict=True)]
 
     def tokens(self, loaded: LoadedModel, prompt: str, completion: str) -> Tokens:
         """One prompt with one completion."""
@@ -165,9 +169,11 @@ class Table:
             layers = [x for n, x in linear_layers(loaded.model).items() if n != "lm_head"]
             bits = sum(8 * x.packed.nbytes if isinstance(x, QuantLinear) else 16 * x.weight.numel() for x in layers)
             weights = sum(x.in_features * x.out_features for x in layers)
+            scores = self.losses(loaded, self.test)[1]
             self.results[key] = {
                 "validation": self.losses(loaded, self.validation)[0] if choosing else None,
-                "test": self.losses(loaded, self.test)[1],
+                "test": statistics.mean(scores),
+                "answered": "".join(f"{score:.0f}" for score in scores) if self.args.task == "arc" else None,
                 "bits": bits / weights,
                 "bytes": sum(f.stat().st_size for f in path.glob("*.safetensors")),
                 "trainable": trainable,
@@ -184,7 +190,7 @@ class Table:
             make(path)
         return path
 
-    def quantized(self, name: str, source: Path, **options: Any) -> Path:
+    def quantized(self, name: str, source: Path, seed: int, **options: Any) -> Path:
         """An MLX (or NF4) folder of the model at a path."""
 
         def make(path: Path) -> None:
@@ -192,24 +198,27 @@ class Table:
             rows = None
             if options.get("method") == "gptq":
                 config = RowsConfig(self.rows, template=TEMPLATES[self.args.task], supervise="all")
-                rows = all_rows(config, loaded.tokenizer).rows[: self.args.calibration_rows]
+                rows = list(all_rows(config, loaded.tokenizer).rows)
+                count = min(len(rows), self.args.calibration_rows)
+                rows = random.Random(seed).sample(rows, count) if self.args.draw_calibration else rows[:count]
             quantize_model(loaded, rows, QuantizeConfig(**options), path, lambda _: None)
 
         return self.made(name, make)
 
-    def base(self, kind: str, bits: int) -> Path:
+    def base(self, kind: str, bits: int, seed: int) -> Path:
         """A model that is trained."""
         model = self.args.model
         dense = model if model and model.is_dir() else self.made("dense", lambda path: write_dense(path, model))
         if kind == "nf4":
-            return self.quantized("nf4", dense, format="nf4")
+            return self.quantized("nf4", dense, seed, format="nf4")
         if kind == "quantized":
-            return self.quantized(f"base {bits}", dense, bits=bits, method="gptq", group_size=GROUPS[bits])
+            name = f"base {bits} {seed}" if self.args.draw_calibration else f"base {bits}"
+            return self.quantized(name, dense, seed, bits=bits, method="gptq", group_size=GROUPS[bits])
         return dense
 
     def deployed(self, method: Method, bits: int, rate: float, seed: int) -> tuple[Path, int]:
         """The file of a method, and how many parameters were trained."""
-        base, spec = self.base(method.base, bits), method.spec
+        base, spec = self.base(method.base, bits, seed), method.spec
         run = self.folder / _file_name(f"run {base.name} {spec.r} {spec.adapt} {rate} {seed}")
         if not (run / SUMMARY).exists():
             shutil.rmtree(run, ignore_errors=True)
@@ -221,16 +230,18 @@ class Table:
         path = self.made(f"folded {run.name}", lambda path: fold_run(finished, path, to, lossy=True))
         if method.after is not None:
             merged, options = path, {"bits": bits, "method": method.after, "group_size": GROUPS[bits]}
-            path = self.quantized(f"after {run.name} {bits} {method.after}", merged, **options)
+            path = self.quantized(f"after {run.name} {bits} {method.after}", merged, seed, **options)
         return path, finished.summary["trainable_parameters"]
 
     def fill(self) -> None:
         """The first seed with all rates, then the others; what a file weighs is remembered, the file is not."""
-        self.measured("dense", lambda: (self.base("dense", 0), 0))
+        self.measured("dense", lambda: (self.base("dense", 0, 0), 0))
         for seed in self.args.seeds:
             for bits in self.args.bits:
-                self.measured(f"{BASE} | {bits}", lambda bits=bits: (self.base("quantized", bits), 0))
-                for name, method in METHODS.items():
+                make_base = functools.partial(self.base, "quantized", bits, seed)
+                self.measured(self.base_key(bits, seed), lambda make=make_base: (make(), 0))
+                for name in self.methods:
+                    method = METHODS[name]
                     first = seed == self.args.seeds[0]
                     if method.after == "rtn" and not first:
                         continue  # once shows what it loses
@@ -242,6 +253,15 @@ class Table:
                             shutil.rmtree(path)
             for path in self.folder.glob("folded-*"):
                 shutil.rmtree(path)
+
+    @property
+    def methods(self) -> list[str]:
+        """Rows of the table."""
+        return [name for i, name in enumerate(METHODS) if i in self.args.methods]
+
+    def base_key(self, bits: int, seed: int) -> str:
+        """Under which the base that a seed trains is found among the results."""
+        return f"{BASE} | {bits} | {seed}" if self.args.draw_calibration else f"{BASE} | {bits}"
 
     def rates(self, name: str) -> tuple[float, ...]:
         """The learning rates that a row of the table tries."""
@@ -262,34 +282,50 @@ class Table:
     def markdown(self) -> str:
         """Mean and spread over the seeds, and the best of both sides compared seed by seed."""
         columns = self.args.bits
+        bases = {
+            b: [self.results[key] for key in dict.fromkeys(self.base_key(b, s) for s in self.args.seeds)]
+            for b in columns
+        }
         lines = [
             "| model in the file | " + " | ".join(f"{bits} bits" for bits in columns) + " |",
             "|---|" + "---:|" * len(columns),
             f"| {BASE}, not trained | "
-            + " | ".join(f"{self.results[f'{BASE} | {b}']['test']:.4f}" for b in columns)
+            + " | ".join(_mean([base["test"] for base in bases[b]]) for b in columns)
             + " |",
         ]
-        for name in METHODS:
+        for name in self.methods:
             cells = [f"{_mean(self.scores(name, b))} ({self.rate(name, b):g})" for b in columns]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        ours = [name for name, method in METHODS.items() if method.after is None]
-        others = [name for name, method in METHODS.items() if method.after == "gptq"]
-        best = [self._best(names) for names in (ours, others)]
-        cells = [
-            _mean([x - y for x, y in zip(self.scores(best[0][b], b), self.scores(best[1][b], b), strict=True)], "+")
-            for b in columns
-        ]
-        lines.append(
-            "| best QA-LoRA minus best quantized afterwards, both chosen by these figures | " + " | ".join(cells) + " |"
-        )
-        sizes = [self.results[f"{BASE} | {b}"] for b in columns]
+        ours = [name for name in self.methods if METHODS[name].after is None]
+        others = [name for name in self.methods if METHODS[name].after == "gptq"]
+        if ours and others:
+            best = [self._best(names) for names in (ours, others)]
+            cells = [
+                _mean([x - y for x, y in zip(self.scores(best[0][b], b), self.scores(best[1][b], b), strict=True)], "+")
+                for b in columns
+            ]
+            title = "best QA-LoRA minus best quantized afterwards, both chosen by these figures"
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+            if self.args.task == "arc":
+                cells = [f"{self._error(best[0][b], best[1][b], b):.4f}" for b in columns]
+                lines.append("| standard error of this, by the questions | " + " | ".join(cells) + " |")
+        sizes = [bases[b][0] for b in columns]
         lines.append("| bits per weight | " + " | ".join(f"{s['bits']:.2f}" for s in sizes) + " |")
         lines.append("| file | " + " | ".join(f"{s['bytes'] / 1e6:.1f} MB" for s in sizes) + " |")
-        for name in METHODS:
+        for name in self.methods:
             keys = [f"{name} | {b} | {self.rate(name, b)} | {self.args.seeds[0]}" for b in columns]
             cells = [f"{self.results[key]['trainable'] / 1e6:.2f} M" for key in keys]
             lines.append(f"| trainable: {name} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + f"\n\nIn 16 bits, not trained: {self.results['dense']['test']:.4f}"
+
+    def _error(self, one: str, other: str, bits: int) -> float:
+        """Standard error of the difference of two methods, as questions are a sample: of means over the seeds."""
+        answered = [
+            [self.results[f"{name} | {bits} | {self.rate(name, bits)} | {s}"]["answered"] for s in self.args.seeds]
+            for name in (one, other)
+        ]
+        ours, theirs = ([statistics.mean(map(int, seeds)) for seeds in zip(*a, strict=True)] for a in answered)
+        return statistics.stdev([x - y for x, y in zip(ours, theirs, strict=True)]) / len(ours) ** 0.5
 
     def _best(self, names: list[str]) -> dict[int, str]:
         """For each number of bits the method of the smallest mean loss, or of the highest mean accuracy."""
@@ -330,6 +366,8 @@ def main() -> None:
     parser.add_argument("--eval-rows", type=int, default=200)
     parser.add_argument("--validation-rows", type=int, default=100, help="that rates are chosen by")
     parser.add_argument("--calibration-rows", type=int, default=64, help="of the training rows, for GPTQ")
+    parser.add_argument("--draw-calibration", action="store_true", help="each seed draws its own calibration rows")
+    parser.add_argument("--methods", type=int, nargs="*", default=list(range(len(METHODS))), help="rows, from 0")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], choices=[2, 3, 4])
     parser.add_argument("--rates", type=int, default=2, help="how many learning rates each row tries, at most 2")

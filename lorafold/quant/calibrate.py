@@ -6,7 +6,8 @@
   the inputs.
 * `gptq` (arXiv 2210.17323): columns are rounded one after the other, and what each loses is made good in the columns
   that follow, for the smallest error of the layer's output on the calibration rows. The parameters of a group are those
-  of `search`, found when its first column is reached.
+  of `search`, found when its first column is reached. Before that, `made_good` can move the weights so that the layer
+  makes up for a part of what the layers before it have lost.
 
 Scales and offsets are rounded to the type in which the format stores them before codes are chosen.
 """
@@ -29,6 +30,7 @@ Method = Literal["rtn", "search", "gptq"]
 _SPANS = tuple(1 - 0.05 * i for i in range(11))  # shares of the whole span that `search` tries
 _REFITS = 2
 _DAMPING = 0.01  # of the mean diagonal of the Hessian, added to it
+_PROPAGATION_DAMPING = 0.1  # the same where lost inputs are made up for
 
 
 def quantize(weight: Tensor, codec: str, method: Method, hessian: Tensor | None = None) -> QuantizedWeight:
@@ -57,6 +59,31 @@ def quantize(weight: Tensor, codec: str, method: Method, hessian: Tensor | None 
     if not (torch.isfinite(scale).all() and torch.isfinite(offset).all()):
         raise ValueError(f"a scale or offset is too large for {form.stored}")
     return QuantizedWeight(codec, (out, width), form.assemble(scale, offset, codes.to(torch.uint8)))
+
+
+def made_good(weight: Tensor, hessian: Tensor, lost: Tensor, share: float) -> Tensor:
+    """A matrix W [O, I] float32, moved so that its output makes up for a share of what its inputs have lost.
+
+    The layer is given X where the unchanged model gives it Y; W + W (Y - X)^T X (X^T X + damping)^-1 comes nearest to
+    the output W Y^T. This is quantization error propagation (QEP, arXiv 2504.09629), with its share of a half: with all
+    of it the layer follows the rows too closely.
+
+    Args:
+        hessian: X^T X [I, I].
+        lost: (Y - X)^T X [I, I].
+
+    Raises:
+        ValueError: the inputs are not finite.
+    """
+    wide = hessian.double()
+    damped = wide + torch.eye(len(wide), dtype=torch.float64) * (_PROPAGATION_DAMPING * wide.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        if not torch.isfinite(wide).all():
+            raise ValueError("the inputs of a layer are not finite on the calibration rows")
+        return weight  # all inputs are zero
+    moved = torch.cholesky_solve((weight.double() @ lost.double()).T, lower).T
+    return weight + share * moved.float()
 
 
 def _levels(form: Codec) -> int:

@@ -3,12 +3,13 @@
 Source of the idea: GPTQ's reference code, which catches the inputs of the first block and walks on from there.
 """
 
-# X [T, I] are the inputs of a linear layer over all rows
+# X [T, I] are the inputs of a linear layer over all rows; Y [T, I] those that it would have, had nothing changed
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, but for the r
 
 
 class _Reached(Exception):
-    """The last block has been reached; nothing after it is needed."""
+    """What was to be seen has been reached; nothing after it is needed."""
 
 
 @contextlib.contextmanager
@@ -40,20 +41,84 @@ def _fast_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the inputs of layers that share them.
+
+    Attributes:
+        hessian: X^T X [I, I] float32.
+        lost: (Y - X)^T X [I, I] float32; None where nobody knows Y.
+    """
+
+    hessian: Tensor
+    lost: Tensor | None
+
+
 class BlockWalk:
     """Rows on their way through a model.
 
     Attributes:
         blocks: (name, module) of the model's blocks, in order.
 
+    Args:
+        twice: take the rows through the blocks as they were as well, beside those that have changed.
+
     Raises:
         FormatError: the model has no list of blocks.
     """
 
-    def __init__(self, loaded: LoadedModel, packs: Sequence[Pack]):
+    def __init__(self, loaded: LoadedModel, packs: Sequence[Pack], twice: bool = False):
         self.loaded = loaded
         self.blocks = find_blocks(loaded.model)
         self._hidden, self._others = self._first_inputs(packs)
+        self._unchanged = list(self._hidden) if twice else None
+        self._before = [linear_layers(block) for _, block in self.blocks]
+
+    @torch.no_grad()
+    def groups(self, index: int) -> list[list[str]]:
+        """Names in the block of its linear layers in the order in which they run, those of one input together.
+
+        What the first pack does not reach stands alone, at the end.
+        """
+        block = self.blocks[index][1]
+        seen: list[tuple[Tensor, list[str]]] = []
+
+        def watch(name: str) -> Any:
+            def look(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                group = next((names for x, names in seen if x is args[0]), None)
+                if group is None:
+                    seen.append((args[0], [name]))
+                else:
+                    group.append(name)
+
+            return look
+
+        with _hooked({layer: watch(name) for name, layer in linear_layers(block).items()}):
+            self._through(index, self._hidden[0], 0)
+        reached = [list(dict.fromkeys(names)) for _, names in seen]
+        return reached + [[name] for name in self._before[index] if not any(name in names for names in reached)]
+
+    @torch.no_grad()
+    @_fast_products()
+    def inputs(self, index: int, name: str) -> Inputs | None:
+        """What a layer of a block is given, with what has changed of the block so far; None if it never runs."""
+        hessian = lost = None
+        for at, x in enumerate(self._hidden):
+            given = self._given(index, name, x, at)
+            if given is None:
+                continue
+            if hessian is None:
+                hessian = torch.zeros(given.shape[1], given.shape[1])
+                lost = None if self._unchanged is None else torch.zeros_like(hessian)
+            hessian.addmm_(given.T, given)
+            if lost is not None and self._unchanged is not None:
+                with self._as_it_was(index):
+                    wanted = self._given(index, name, self._unchanged[at], at)
+                if (
+                    wanted is not None and len(wanted) == len(given) == x.shape[:-1].numel()
+                ):  # no expert of its own rows
+                    lost.addmm_((wanted - given).T, given)
+        return None if hessian is None else Inputs(hessian, lost)
 
     @torch.no_grad()
     @_fast_products()
@@ -61,7 +126,6 @@ class BlockWalk:
         """X^T X [I, I] float32 of every linear layer of a block, by the layer's whole name."""
         prefix, block = self.blocks[index]
         sums: dict[str, Tensor] = {}
-        handles = []
         latest: list[tuple[Tensor, str]] = []  # the input seen last, and the layer that saw it first
 
         def watch(name: str, width: int) -> Any:
@@ -75,26 +139,51 @@ class BlockWalk:
 
             return add
 
-        for name, layer in linear_layers(block).items():
-            handles.append(layer.register_forward_pre_hook(watch(f"{prefix}.{name}", layer.in_features)))
-        try:
+        layers = linear_layers(block).items()
+        with _hooked({layer: watch(f"{prefix}.{name}", layer.in_features) for name, layer in layers}):
             self._run(index)
-        finally:
-            for handle in handles:
-                handle.remove()
         return sums
 
     @torch.no_grad()
     @_fast_products()
     def advance(self, index: int) -> None:
-        """Take the rows through a block as it is now."""
+        """Take the rows through a block as it is now, and where both are wanted through the block as it was."""
         self._hidden = self._run(index)
+        if self._unchanged is not None:
+            with self._as_it_was(index):
+                self._unchanged = [self._through(index, x, at) for at, x in enumerate(self._unchanged)]
 
     def _run(self, index: int) -> list[Tensor]:
+        return [self._through(index, x, at) for at, x in enumerate(self._hidden)]
+
+    def _through(self, index: int, x: Tensor, at: int) -> Tensor:
+        """A pack taken through a block."""
+        args, kwargs = self._others[index][at]
+        out = self.blocks[index][1](x, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _given(self, index: int, name: str, x: Tensor, at: int) -> Tensor | None:
+        """Inputs [T, I] float32 of a layer; what follows it in the block is not computed."""
+        caught: list[Tensor] = []
+
+        def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            caught.append(args[0].flatten(0, -2).float())
+            raise _Reached
+
+        with _hooked({self.blocks[index][1].get_submodule(name): catch}), contextlib.suppress(_Reached):
+            self._through(index, x, at)
+        return caught[0] if caught else None
+
+    @contextlib.contextmanager
+    def _as_it_was(self, index: int) -> Iterator[None]:
+        """Inside, the linear layers of a block are those from before the walk."""
         block = self.blocks[index][1]
-        given = zip(self._hidden, self._others[index], strict=True)
-        outputs = (block(x, *args, **kwargs) for x, (args, kwargs) in given)
-        return [out[0] if isinstance(out, tuple) else out for out in outputs]
+        now = {name: block.get_submodule(name) for name in self._before[index]}
+        _put(block, self._before[index])
+        try:
+            yield
+        finally:
+            _put(block, now)
 
     @torch.no_grad()
     def _first_inputs(self, packs: Sequence[Pack]) -> tuple[list[Tensor], list[list[_Arguments]]]:
@@ -139,6 +228,22 @@ class BlockWalk:
                 if own is not None:
                     block.forward = own
         return hidden, others
+
+
+def _put(block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        block.set_submodule(name, layer)
+
+
+@contextlib.contextmanager
+def _hooked(watching: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Inside, each of the modules calls what watches it before it runs."""
+    handles = [module.register_forward_pre_hook(watch) for module, watch in watching.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

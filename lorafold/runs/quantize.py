@@ -22,12 +22,12 @@ from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import MODEL_TYPES, LoadedModel
 from lorafold.models.mlx_folder import create_mlx
-from lorafold.quant.calibrate import Method, quantize
+from lorafold.quant.calibrate import Method, made_good, quantize
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.mlx import GROUPS, mlx_codec
 from lorafold.quant.weight import QuantizedWeight, encode
-from lorafold.runs.blocks import BlockWalk, find_blocks
+from lorafold.runs.blocks import BlockWalk, Inputs, find_blocks
 from lorafold.runs.loftq import Fitted, alternate, save_start
 from lorafold.runs.partial import Partial
 
@@ -142,17 +142,22 @@ def quantize_model(
     errors = _Errors()
     quantized: dict[str, QuantizedWeight] = {}
     updates: dict[str, LowRank] = {}
-    walk = BlockWalk(loaded, [pack(group) for group in micro_batches(rows, _PACK_TOKENS)]) if rows else None
+    packs = [pack(group) for group in micro_batches(rows or [], _PACK_TOKENS)]
+    walk = BlockWalk(loaded, packs, twice=method == "gptq" and config.propagate > 0) if rows else None
     for index, (prefix, block) in enumerate(find_blocks(loaded.model)):
         layers = {f"{prefix}.{name}": layer for name, layer in linear_layers(block).items()}
         done = work.read(index, layers, codec, config.loftq_r is not None)
         if done is None:
-            hessians = walk.hessians(index) if walk else {}
-            done = {n: _fitted(n, _dense(x), codec, method, config, hessians.get(n)) for n, x in layers.items()}
+            done = {}
+            for names in walk.groups(index) if walk else [list(linear_layers(block))]:
+                inputs = walk.inputs(index, names[0]) if walk else None
+                for name in (f"{prefix}.{name}" for name in names):
+                    done[name] = _fitted(name, _dense(layers[name]), codec, method, config, inputs)
+                    _replace(loaded.model, name, layers[name], done[name])
             work.write(index, done)
         for name, fitted in done.items():
             errors.add(_dense(layers[name]), fitted)
-            loaded.model.set_submodule(name, QuantLinear(fitted.weight, _bias(layers[name])))
+            _replace(loaded.model, name, layers[name], fitted)
             quantized[name] = fitted.weight
             updates |= {} if fitted.update is None else {name: fitted.update}
         if walk:
@@ -217,6 +222,10 @@ def _refuse_architecture(loaded: LoadedModel, gguf: bool, config: QuantizeConfig
         )
 
 
+def _replace(model: nn.Module, name: str, before: nn.Linear | QuantLinear, fitted: Fitted) -> None:
+    model.set_submodule(name, QuantLinear(fitted.weight, _bias(before)))
+
+
 def _quantized(name: str, dense: Tensor, codec: str, method: Method, hessian: Tensor | None = None) -> QuantizedWeight:
     try:
         return quantize(dense, codec, method, hessian) if CODECS[codec].affine else encode(dense, codec)
@@ -225,10 +234,14 @@ def _quantized(name: str, dense: Tensor, codec: str, method: Method, hessian: Te
 
 
 def _fitted(
-    name: str, dense: Tensor, codec: str, method: Method, config: QuantizeConfig, hessian: Tensor | None = None
+    name: str, dense: Tensor, codec: str, method: Method, config: QuantizeConfig, inputs: Inputs | None = None
 ) -> Fitted:
     if config.loftq_r is None:
-        return Fitted(_quantized(name, dense, codec, method, hessian))
+        if inputs is None:  # of an expert that no row reaches
+            return Fitted(_quantized(name, dense, codec, "search" if method == "gptq" else method))
+        if inputs.lost is not None:
+            dense = made_good(dense, inputs.hessian, inputs.lost, config.propagate)
+        return Fitted(_quantized(name, dense, codec, method, inputs.hessian))
     return alternate(dense, lambda w: _quantized(name, w, codec, method), config.loftq_r, config.loftq_steps)
 
 
