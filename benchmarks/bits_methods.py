@@ -14,12 +14,12 @@ of the table:
 All files are MLX folders with an 8-bit embedding, in groups of 32; those of 4 bits in groups of 64, because the default
 base's weights come from 4 bits in groups of 32 and would be kept by these unchanged. GPTQ is calibrated on the same
 training rows in every row of the table: the first ones, or with `--draw-calibration` those that a seed draws, so that
-each seed has a base of its own. Rows with several learning rates try them with the first seed, in the deployed file;
-the rate is chosen by a loss on 100 training rows (`--validation-rows`) that were not trained on (gsm8k: of the answer,
-arc: of the right choice among all), the other seeds run at that rate, and the figures are of the test rows. gsm8k: loss
-per token of the answers; arc: share of questions whose right answer is the likeliest of all (mean log-likelihood per
-token). `--methods` picks rows of the table by number, from 0. Finished parts in DIR are kept, so the command can be
-stopped and repeated.
+each seed has a base of its own; `--propagate 0` is GPTQ alone. Rows with several learning rates try them with the first
+seed, in the deployed file; the rate is chosen by a loss on 100 training rows (`--validation-rows`) that were not
+trained on (gsm8k: of the answer, arc: of the right choice among all), the other seeds run at that rate, and the figures
+are of the test rows. gsm8k: loss per token of the answers; arc: share of questions whose right answer is the likeliest
+of all (mean log-likelihood per token). `--methods` picks rows of the table by number, from 0; without a number there is
+the base alone. Finished parts in DIR are kept, so the command can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ class Table:
         counts = f"{args.rows} {args.eval_rows}" + (f" {args.calibration_rows}" if args.calibration_rows != 64 else "")
         counts += f" of {args.validation_rows}" if args.validation_rows != 100 else ""
         counts += " drawn" if args.draw_calibration else ""
+        counts += f" propagate {args.propagate}"
         settings = f"{args.task} {args.train.name} {args.test.name} {counts} {args.model or ''}"
         note = self.folder / "settings.txt"
         if note.exists() and note.read_text() != settings:
@@ -197,6 +198,7 @@ class Table:
             loaded = load(source)
             rows = None
             if options.get("method") == "gptq":
+                options["propagate"] = self.args.propagate
                 config = RowsConfig(self.rows, template=TEMPLATES[self.args.task], supervise="all")
                 rows = list(all_rows(config, loaded.tokenizer).rows)
                 count = min(len(rows), self.args.calibration_rows)
@@ -367,7 +369,9 @@ def main() -> None:
     parser.add_argument("--validation-rows", type=int, default=100, help="that rates are chosen by")
     parser.add_argument("--calibration-rows", type=int, default=64, help="of the training rows, for GPTQ")
     parser.add_argument("--draw-calibration", action="store_true", help="each seed draws its own calibration rows")
-    parser.add_argument("--methods", type=int, nargs="*", default=list(range(len(METHODS))), help="rows, from 0")
+    parser.add_argument("--propagate", type=float, help="of `lorafold quantize`")
+    numbers = range(len(METHODS))
+    parser.add_argument("--methods", type=int, nargs="*", default=[*numbers], choices=numbers, help="rows, from 0")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], choices=[2, 3, 4])
     parser.add_argument("--rates", type=int, default=2, help="how many learning rates each row tries, at most 2")

@@ -21,8 +21,8 @@ class QuantizeConfig:
         group_size: weights that share a scale and an offset; 32, 64 or 128 in an MLX folder, 32 in a GGUF file.
         method: `rtn` (round to nearest), `search` (the scale and offset of least squared error), or `gptq`
             (least error of each layer's output on the rows of --data). Default: gptq with --data, otherwise search.
-        propagate: gptq: share of what the layers before have lost that each layer makes up for (QEP, arXiv 2504.09629);
-            0 leaves it to none.
+        propagate: gptq: share of what the layers before have lost that each layer makes up for (QEP, arXiv 2504.09629),
+            0 to 1; 0 fits each layer to its own weights alone. Default: 0.5.
         embedding_bits: of the embedding and the head; 16 leaves them as they are.
         stored: type of what is not quantized, and in an MLX folder of scales and offsets. Default: float16 in an MLX
             folder (bfloat16 offsets are coarse), for nf4 and int8 that of the model.
@@ -36,7 +36,7 @@ class QuantizeConfig:
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
     group_size: Literal[32, 64, 128] = 32
     method: Literal["rtn", "search", "gptq"] | None = None
-    propagate: float = 0.5
+    propagate: float | None = None
     embedding_bits: Literal[2, 3, 4, 5, 6, 8, 16] = 8
     stored: Literal["float16", "bfloat16"] | None = None
     loftq_r: int | None = None
@@ -45,10 +45,12 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         faults = []
         if self.format != "affine":
-            plain = {"bits": 4, "group_size": 32, "method": None, "propagate": 0.5, "embedding_bits": 8}
+            plain = {"bits": 4, "group_size": 32, "method": None, "propagate": None, "embedding_bits": 8}
             given = [name for name, default in plain.items() if getattr(self, name) != default]
             faults += [f"{name} means nothing to {self.format}, whose values are fixed" for name in given]
-        if not 0 <= self.propagate <= 1:
+        elif self.propagate is not None and (self.method in ("rtn", "search") or self.loftq_r is not None):
+            faults.append("propagate is for gptq, which looks at layers' inputs; leave it out")
+        if self.propagate is not None and not 0 <= self.propagate <= 1:
             faults.append(f"propagate is {self.propagate}; it is a share from 0 to 1")
         faults += not_positive(self, "loftq_r", "loftq_steps")
         if self.loftq_r is None and self.loftq_steps != 5:

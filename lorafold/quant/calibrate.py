@@ -6,8 +6,8 @@
   the inputs.
 * `gptq` (arXiv 2210.17323): columns are rounded one after the other, and what each loses is made good in the columns
   that follow, for the smallest error of the layer's output on the calibration rows. The parameters of a group are those
-  of `search`, found when its first column is reached. Before that, `made_good` can move the weights so that the layer
-  makes up for a part of what the layers before it have lost.
+  of `search`, found when its first column is reached. Before that, weights can be moved so that the layer makes up
+  for a part of what the layers before it have lost: `recovery`.
 
 Scales and offsets are rounded to the type in which the format stores them before codes are chosen.
 """
@@ -30,7 +30,8 @@ Method = Literal["rtn", "search", "gptq"]
 _SPANS = tuple(1 - 0.05 * i for i in range(11))  # shares of the whole span that `search` tries
 _REFITS = 2
 _DAMPING = 0.01  # of the mean diagonal of the Hessian, added to it
-_PROPAGATION_DAMPING = 0.1  # the same where lost inputs are made up for
+_RECOVERY_DAMPING = 0.1  # the same where lost inputs are made up for
+_NOT_FINITE = "the inputs of a layer are not finite on the calibration rows"
 
 
 def quantize(weight: Tensor, codec: str, method: Method, hessian: Tensor | None = None) -> QuantizedWeight:
@@ -61,29 +62,29 @@ def quantize(weight: Tensor, codec: str, method: Method, hessian: Tensor | None 
     return QuantizedWeight(codec, (out, width), form.assemble(scale, offset, codes.to(torch.uint8)))
 
 
-def made_good(weight: Tensor, hessian: Tensor, lost: Tensor, share: float) -> Tensor:
-    """A matrix W [O, I] float32, moved so that its output makes up for a share of what its inputs have lost.
+def recovery(hessian: Tensor, lost: Tensor) -> Tensor:
+    """R [I, I] float32, so that W + W R makes up for what the inputs of a matrix W [O, I] have lost.
 
-    The layer is given X where the unchanged model gives it Y; W + W (Y - X)^T X (X^T X + damping)^-1 comes nearest to
-    the output W Y^T. This is quantization error propagation (QEP, arXiv 2504.09629), with its share of a half: with all
-    of it the layer follows the rows too closely.
+    The layer is given X where the unchanged model gives it Y. R = (Y - X)^T X (X^T X + d)^-1, with a tenth of the mean
+    diagonal as d, has the least |(W + W R) X^T - W Y^T|^2 + d |W R|^2. This is quantization error propagation (QEP,
+    arXiv 2504.09629), where a half of the step W R is taken.
 
     Args:
         hessian: X^T X [I, I].
         lost: (Y - X)^T X [I, I].
 
     Raises:
-        ValueError: the inputs are not finite.
+        ValueError: inputs are not finite.
     """
-    wide = hessian.double()
-    damped = wide + torch.eye(len(wide), dtype=torch.float64) * (_PROPAGATION_DAMPING * wide.diagonal().mean())
+    if not (torch.isfinite(hessian).all() and torch.isfinite(lost).all()):
+        raise ValueError(_NOT_FINITE)
+    damped = hessian.double()
+    damped.diagonal().add_(_RECOVERY_DAMPING * damped.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
     if failed:
-        if not torch.isfinite(wide).all():
-            raise ValueError("the inputs of a layer are not finite on the calibration rows")
-        return weight  # all inputs are zero
-    moved = torch.cholesky_solve((weight.double() @ lost.double()).T, lower).T
-    return weight + share * moved.float()
+        return torch.zeros_like(lost)  # all inputs are zero
+    return torch.cholesky_solve(lost.double().T, lower).T.float()
 
 
 def _levels(form: Codec) -> int:
@@ -145,4 +146,4 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
-    raise ValueError("the inputs of a layer are not finite on the calibration rows")
+    raise ValueError(_NOT_FINITE)

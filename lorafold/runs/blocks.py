@@ -47,7 +47,7 @@ class Inputs:
 
     Attributes:
         hessian: X^T X [I, I] float32.
-        lost: (Y - X)^T X [I, I] float32; None where nobody knows Y.
+        lost: (Y - X)^T X [I, I] float32; None where Y is not known, or is of other tokens than X, as experts see them.
     """
 
     hessian: Tensor
@@ -72,19 +72,26 @@ class BlockWalk:
         self.blocks = find_blocks(loaded.model)
         self._hidden, self._others = self._first_inputs(packs)
         self._unchanged = list(self._hidden) if twice else None
-        self._before = [linear_layers(block) for _, block in self.blocks]
+        self._originals = self._originals_of(0)
+
+    def _originals_of(self, index: int) -> Mapping[str, nn.Module]:
+        """The linear layers of a block that has not changed yet, kept until the rows are through it."""
+        wanted = self._unchanged is not None and index < len(self.blocks)
+        return linear_layers(self.blocks[index][1]) if wanted else {}
 
     @torch.no_grad()
     def groups(self, index: int) -> list[list[str]]:
         """Names in the block of its linear layers in the order in which they run, those of one input together.
 
-        What the first pack does not reach stands alone, at the end.
+        What the first pack does not reach stands alone, at the end; what runs again stands where it ran first.
         """
-        block = self.blocks[index][1]
+        layers = linear_layers(self.blocks[index][1])
         seen: list[tuple[Tensor, list[str]]] = []
 
         def watch(name: str) -> Any:
             def look(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                if any(name in names for _, names in seen):
+                    return
                 group = next((names for x, names in seen if x is args[0]), None)
                 if group is None:
                     seen.append((args[0], [name]))
@@ -93,32 +100,35 @@ class BlockWalk:
 
             return look
 
-        with _hooked({layer: watch(name) for name, layer in linear_layers(block).items()}):
+        with _hooked({layer: watch(name) for name, layer in layers.items()}):
             self._through(index, self._hidden[0], 0)
-        reached = [list(dict.fromkeys(names)) for _, names in seen]
-        return reached + [[name] for name in self._before[index] if not any(name in names for names in reached)]
+        reached = [names for _, names in seen]
+        return reached + [[name] for name in layers if not any(name in names for names in reached)]
 
     @torch.no_grad()
     @_fast_products()
     def inputs(self, index: int, name: str) -> Inputs | None:
-        """What a layer of a block is given, with what has changed of the block so far; None if it never runs."""
+        """What a layer of the block that has come next is given, as far as that has changed; None if it never runs.
+
+        Of a layer that runs more than once the first time counts.
+        """
         hessian = lost = None
+        known = self._unchanged is not None
         for at, x in enumerate(self._hidden):
             given = self._given(index, name, x, at)
             if given is None:
                 continue
             if hessian is None:
                 hessian = torch.zeros(given.shape[1], given.shape[1])
-                lost = None if self._unchanged is None else torch.zeros_like(hessian)
+                lost = torch.zeros_like(hessian)
             hessian.addmm_(given.T, given)
-            if lost is not None and self._unchanged is not None:
+            if known and lost is not None and self._unchanged is not None:
                 with self._as_it_was(index):
                     wanted = self._given(index, name, self._unchanged[at], at)
-                if (
-                    wanted is not None and len(wanted) == len(given) == x.shape[:-1].numel()
-                ):  # no expert of its own rows
+                known = wanted is not None and len(wanted) == len(given) == x.shape[:-1].numel()
+                if wanted is not None and known:
                     lost.addmm_((wanted - given).T, given)
-        return None if hessian is None else Inputs(hessian, lost)
+        return None if hessian is None else Inputs(hessian, lost if known else None)
 
     @torch.no_grad()
     @_fast_products()
@@ -152,6 +162,7 @@ class BlockWalk:
         if self._unchanged is not None:
             with self._as_it_was(index):
                 self._unchanged = [self._through(index, x, at) for at, x in enumerate(self._unchanged)]
+        self._originals = self._originals_of(index + 1)
 
     def _run(self, index: int) -> list[Tensor]:
         return [self._through(index, x, at) for at, x in enumerate(self._hidden)]
@@ -176,10 +187,10 @@ class BlockWalk:
 
     @contextlib.contextmanager
     def _as_it_was(self, index: int) -> Iterator[None]:
-        """Inside, the linear layers of a block are those from before the walk."""
+        """Inside, the linear layers of the block that has come next are those from before the walk."""
         block = self.blocks[index][1]
-        now = {name: block.get_submodule(name) for name in self._before[index]}
-        _put(block, self._before[index])
+        now = {name: block.get_submodule(name) for name in self._originals}
+        _put(block, self._originals)
         try:
             yield
         finally:

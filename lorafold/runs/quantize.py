@@ -22,18 +22,19 @@ from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import MODEL_TYPES, LoadedModel
 from lorafold.models.mlx_folder import create_mlx
-from lorafold.quant.calibrate import Method, made_good, quantize
+from lorafold.quant.calibrate import Method, quantize, recovery
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.mlx import GROUPS, mlx_codec
 from lorafold.quant.weight import QuantizedWeight, encode
-from lorafold.runs.blocks import BlockWalk, Inputs, find_blocks
+from lorafold.runs.blocks import BlockWalk, find_blocks
 from lorafold.runs.loftq import Fitted, alternate, save_start
 from lorafold.runs.partial import Partial
 
 _GGUF_TYPES = {4: "Q4_1", 5: "Q5_1", 8: "Q8_0"}
 _STORED = {"float16": "F16", "bfloat16": "BF16"}
 _PACK_TOKENS = 1024
+_PROPAGATE = 0.5  # the best of those tried, see docs/log.md
 
 
 @dataclass(frozen=True)
@@ -136,24 +137,28 @@ def quantize_model(
     method: Method = config.method or ("gptq" if rows else "search")
     if method == "gptq" and not rows:
         raise FormatError("gptq measures the layers' inputs on rows; give some with --data, or choose --method search")
+    if method != "gptq" and config.propagate is not None:
+        raise FormatError(f"propagate is for gptq, and this is {method}; give rows with --data, or leave it out")
+    share = _PROPAGATE if config.propagate is None else config.propagate
     _refuse_shapes(loaded.model, CODECS[codec].group_size, GROUPS, wide is not None)
     stored = config.stored or "float16"
-    work = Partial(output, loaded, rows, {**asdict(config), "method": method, "codec": codec})
+    work = Partial(output, loaded, rows, {**asdict(config), "method": method, "codec": codec, "propagate": share})
     errors = _Errors()
     quantized: dict[str, QuantizedWeight] = {}
     updates: dict[str, LowRank] = {}
     packs = [pack(group) for group in micro_batches(rows or [], _PACK_TOKENS)]
-    walk = BlockWalk(loaded, packs, twice=method == "gptq" and config.propagate > 0) if rows else None
+    walk = BlockWalk(loaded, packs, twice=method == "gptq" and share > 0) if rows else None
     for index, (prefix, block) in enumerate(find_blocks(loaded.model)):
         layers = {f"{prefix}.{name}": layer for name, layer in linear_layers(block).items()}
         done = work.read(index, layers, codec, config.loftq_r is not None)
         if done is None:
             done = {}
             for names in walk.groups(index) if walk else [list(linear_layers(block))]:
-                inputs = walk.inputs(index, names[0]) if walk else None
+                found = _inputs(walk, index, names[0], share)
                 for name in (f"{prefix}.{name}" for name in names):
-                    done[name] = _fitted(name, _dense(layers[name]), codec, method, config, inputs)
+                    done[name] = _fitted(name, _dense(layers[name]), codec, method, config, *found)
                     _replace(loaded.model, name, layers[name], done[name])
+                del found
             work.write(index, done)
         for name, fitted in done.items():
             errors.add(_dense(layers[name]), fitted)
@@ -163,6 +168,7 @@ def quantize_model(
         if walk:
             walk.advance(index)
         progress(1)
+    walk = None  # rows and what they need are not kept any longer
     for name, layer in _outer_layers(loaded.model):
         if wide is not None:
             quantized[name] = _quantized(name, _dense(layer), wide, "rtn" if method == "rtn" else "search")
@@ -226,6 +232,18 @@ def _replace(model: nn.Module, name: str, before: nn.Linear | QuantLinear, fitte
     model.set_submodule(name, QuantLinear(fitted.weight, _bias(before)))
 
 
+def _inputs(walk: BlockWalk | None, index: int, name: str, share: float) -> tuple[Tensor | None, Tensor | None]:
+    """X^T X of a layer's inputs, and what its weights are multiplied by to be moved; None where these are not known."""
+    inputs = walk.inputs(index, name) if walk else None
+    if inputs is None or inputs.lost is None:
+        return None if inputs is None else inputs.hessian, None
+    assert walk is not None
+    try:
+        return inputs.hessian, recovery(inputs.hessian, inputs.lost).mul_(share)
+    except ValueError as error:
+        raise FormatError(f"{walk.blocks[index][0]}.{name} cannot be quantized: {error}") from None
+
+
 def _quantized(name: str, dense: Tensor, codec: str, method: Method, hessian: Tensor | None = None) -> QuantizedWeight:
     try:
         return quantize(dense, codec, method, hessian) if CODECS[codec].affine else encode(dense, codec)
@@ -234,14 +252,18 @@ def _quantized(name: str, dense: Tensor, codec: str, method: Method, hessian: Te
 
 
 def _fitted(
-    name: str, dense: Tensor, codec: str, method: Method, config: QuantizeConfig, inputs: Inputs | None = None
+    name: str,
+    dense: Tensor,
+    codec: str,
+    method: Method,
+    config: QuantizeConfig,
+    hessian: Tensor | None = None,
+    moving: Tensor | None = None,
 ) -> Fitted:
     if config.loftq_r is None:
-        if inputs is None:  # of an expert that no row reaches
-            return Fitted(_quantized(name, dense, codec, "search" if method == "gptq" else method))
-        if inputs.lost is not None:
-            dense = made_good(dense, inputs.hessian, inputs.lost, config.propagate)
-        return Fitted(_quantized(name, dense, codec, method, inputs.hessian))
+        dense = dense if moving is None else dense + dense @ moving
+        reached = hessian is not None or method != "gptq"  # there may be experts that no row reaches
+        return Fitted(_quantized(name, dense, codec, method if reached else "search", hessian))
     return alternate(dense, lambda w: _quantized(name, w, codec, method), config.loftq_r, config.loftq_steps)
 
 

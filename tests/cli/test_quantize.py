@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
 
+from lorafold.adapters.targets import linear_layers
 from lorafold.data.packs import pack
 from lorafold.data.tokens import Tokens
 from lorafold.evals.llama_cpp import LlamaCpp
 from lorafold.evals.mlx_lm import MlxLm
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.load import load
-from lorafold.quant.calibrate import made_good, quantize
+from lorafold.quant.calibrate import quantize, recovery
 from lorafold.runs import quantize as runs_quantize
 from lorafold.runs.blocks import BlockWalk, find_blocks
 from tests.cli.conftest import quick
@@ -104,9 +107,12 @@ def _inputs_of(model: torch.nn.Module, name: str, rows: list[Tokens]) -> torch.T
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.usefixtures("exact_products")
-def test_calibrated_by_the_inputs_that_the_layers_see(share: float, tmp_path: Path) -> None:
-    """Inputs are those that come out of the quantized layers before, in the same block too; what they lost is made
-    good in that share."""
+def test_calibrated_by_the_inputs_that_the_layers_see(
+    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs are those that come out of the quantized layers before, in the same block too, over several packs; what
+    they lost is made up for in that share."""
+    monkeypatch.setattr(runs_quantize, "_PACK_TOKENS", 40)
     folder = tiny_folder_of(tmp_path / "source", "llama")
     rows = token_rows(6)
     config = runs_quantize.QuantizeConfig(bits=2, embedding_bits=16, propagate=share)
@@ -123,7 +129,7 @@ def test_calibrated_by_the_inputs_that_the_layers_see(share: float, tmp_path: Pa
         weight = original.get_submodule(name).weight.detach()  # type: ignore[union-attr]
         hessian = given.T @ given
         if share:
-            weight = made_good(weight, hessian, (wanted - given).T @ given, share)  # type: ignore[arg-type]
+            weight = weight + share * (weight @ recovery(hessian, (wanted - given).T @ given))  # type: ignore[operator]
         packed = result.get_submodule(name).packed  # type: ignore[union-attr]
         again = quantize(weight, packed.codec, "gptq", hessian)  # type: ignore[arg-type, union-attr]
         same = packed.format.codes(again.blocks) == packed.format.codes(packed.blocks)
@@ -135,6 +141,64 @@ def test_layers_of_one_input_go_together(architecture: str, tmp_path: Path) -> N
     walk = BlockWalk(load(tiny_folder_of(tmp_path / "m", architecture)), [pack([row]) for row in token_rows(2)])
     names = [{name.rpartition(".")[2] for name in group} for group in walk.groups(1)]
     assert names == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+
+
+class _Routed(torch.nn.Module):
+    """A gated block beside a layer that sees some tokens only, and another that runs twice."""
+
+    def __init__(self, inner: torch.nn.Module, width: int):
+        super().__init__()
+        self.inner = inner
+        self.some, self.twice = (torch.nn.Linear(width, width).requires_grad_(False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.twice(self.twice(x))
+        chosen = x[0, :, 0] > 0
+        return self.inner(x) + y + torch.zeros_like(x).index_put((torch.tensor([0]), chosen), self.some(x[0, chosen]))
+
+
+def test_layers_of_some_tokens_and_layers_that_run_twice(tmp_path: Path) -> None:
+    """What a layer of some tokens has lost is not known, as others may be chosen; each layer has one place."""
+    loaded = load(tiny_folder_of(tmp_path / "m", "llama"))
+    block = loaded.model.model.layers[0]  # type: ignore[union-attr, index]
+    block.mlp = _Routed(block.mlp, loaded.model.config.hidden_size)
+    walk = BlockWalk(loaded, [pack([row]) for row in token_rows(3)], twice=True)
+    names = [name for group in walk.groups(0) for name in group]
+    assert len(names) == len(set(names)) == 9
+    some, whole = walk.inputs(0, "mlp.some"), walk.inputs(0, "mlp.twice")
+    assert some is not None
+    assert some.lost is None
+    assert whole is not None
+    assert whole.lost is not None
+    assert 0 < some.hessian.trace() < whole.hessian.trace()
+
+
+def test_layers_that_were_replaced_are_not_kept(tmp_path: Path) -> None:
+    """Nor rows: of the dense layers none is left when the blocks are done."""
+    loaded = load(tiny_folder_of(tmp_path / "m", "llama"))
+    dense = [weakref.ref(layer) for _, block in find_blocks(loaded.model) for layer in linear_layers(block).values()]
+    left: list[int] = []
+    config = runs_quantize.QuantizeConfig(bits=2)
+    per_block = len(dense) // len(find_blocks(loaded.model))
+
+    def count(_: int) -> None:
+        gc.collect()
+        left.append(sum(ref() is not None for ref in dense))
+
+    runs_quantize.quantize_model(loaded, token_rows(2), config, tmp_path / "out", count)
+    assert left == [len(dense) - per_block * i for i in range(len(left))]  # the block that was left last is still held
+    count(0)
+    assert left[-1] == 0
+
+
+def test_inputs_that_are_not_finite_are_refused_by_name(tmp_path: Path, data: Path, capsys: Output) -> None:
+    source = tiny_folder_of(tmp_path / "m", "llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][0] = float("inf")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert command("quantize", source, "--data", data, "-o", tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert "model.layers.1.self_attn.q_proj cannot be quantized: the inputs of a layer are not finite" in message
 
 
 def test_a_layer_that_no_row_reaches(tmp_path: Path) -> None:
@@ -157,6 +221,7 @@ def test_it_goes_on_where_it_stopped(
 ) -> None:
     source = tiny_folder_of(tmp_path / "source", "llama")
     arguments = ("quantize", source, "--bits", 3, "--data", data)
+    monkeypatch.setattr(runs_quantize, "_PACK_TOKENS", 40)
     assert command(*arguments, "-o", tmp_path / "whole") == 0
     real, calls = quantize, []
 
@@ -193,6 +258,8 @@ def test_a_damaged_block_is_made_again(tmp_path: Path) -> None:
         (("--bits", 7), "7"),
         (("--propagate", 1.5), "propagate is 1.5"),
         (("--format", "nf4", "--propagate", 0.2), "propagate means nothing to nf4"),
+        (("--method", "search", "--propagate", 0.2), "propagate is for gptq"),
+        (("--propagate", 0.2), "give rows with --data"),
         (("--data", "rows.jsonl", "--limit", 0), "limit is 0"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorafold.quant import calibrate
-from lorafold.quant.calibrate import made_good, quantize
+from lorafold.quant.calibrate import quantize, recovery
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.mlx import mlx_codec
 from lorafold.quant.solver import candidates, squared_errors
@@ -141,30 +141,31 @@ def test_overflowing_candidates_are_passed_over() -> None:
         assert (found - weight).double().square().sum() <= (near - weight).double().square().sum() * (1 + 1e-6)
 
 
-def test_what_inputs_have_lost_is_made_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With next to no damping the weights are the least-squares solution in float64; a share goes so far."""
+def test_what_inputs_have_lost_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With next to no damping the weights are the least-squares solution in float64."""
     weight, wanted = torch.randn(8, 64), _inputs(64)
     given = wanted + 0.3 * torch.randn(wanted.shape)
-    sums = given.T @ given, (wanted - given).T @ given
     best = torch.linalg.lstsq(given.double(), wanted.double() @ weight.double().T).solution.T.float()
-    monkeypatch.setattr(calibrate, "_PROPAGATION_DAMPING", 1e-9)
-    torch.testing.assert_close(made_good(weight, *sums, 1.0), best, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(made_good(weight, *sums, 0.25), weight + (best - weight) / 4, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(calibrate, "_RECOVERY_DAMPING", 1e-9)
+    moved = weight + weight @ recovery(given.T @ given, (wanted - given).T @ given)
+    torch.testing.assert_close(moved, best, rtol=1e-4, atol=1e-4)
 
 
 def test_damping_keeps_weights_near_what_they_were() -> None:
     """With fewer rows than inputs, as calibration often has; and inputs that are all zero change nothing."""
     weight, wanted = torch.randn(8, 64), _inputs(64, rows=20)
     given = wanted + 0.3 * torch.randn(wanted.shape)
-    moved = made_good(weight, given.T @ given, (wanted - given).T @ given, 1.0)
+    moved = weight + weight @ recovery(given.T @ given, (wanted - given).T @ given)
     assert 0 < (moved - weight).norm() < 0.5 * weight.norm()
     lost = [(given @ w.T - wanted @ weight.T).norm() for w in (weight, moved)]
     assert lost[1] < lost[0]
     nothing = torch.zeros(64, 64)
-    assert torch.equal(made_good(weight, nothing, nothing, 0.5), weight)
+    assert not recovery(nothing, nothing).any()
 
 
-def test_inputs_that_are_not_finite_are_refused() -> None:
-    weight, broken = torch.randn(8, 64), torch.full((64, 64), torch.nan)
+@pytest.mark.parametrize("broken", [0, 1])
+def test_inputs_that_are_not_finite_are_refused(broken: int) -> None:
+    sums = [torch.eye(64), torch.eye(64)]
+    sums[broken][3, 3] = torch.nan
     with pytest.raises(ValueError, match="not finite on the calibration rows"):
-        made_good(weight, broken, broken, 0.5)
+        recovery(*sums)
