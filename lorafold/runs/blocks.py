@@ -120,7 +120,7 @@ class BlockWalk:
                 continue
             if hessian is None:
                 hessian = torch.zeros(given.shape[1], given.shape[1])
-                lost = torch.zeros_like(hessian)
+                lost = torch.zeros_like(hessian) if known else None
             hessian.addmm_(given.T, given)
             if known and lost is not None and self._unchanged is not None:
                 with self._as_it_was(index):
