@@ -9,7 +9,9 @@ of the table:
 
 * LoRA on the dense base, merged, then rounded to nearest (first seed only) or quantized with GPTQ,
 * QLoRA (LoRA on NF4 with double quantization), merged, then GPTQ,
-* QA-LoRA on the dense base quantized with GPTQ first, folded: r = 16, all offsets, all offsets and scales.
+* QA-LoRA on the dense base quantized with GPTQ first, folded: r = 16, all offsets, all offsets and scales,
+* the first row's file with all offsets trained on the same rows once more, folded; and beside it, as that is twice the
+  training, the first row with two epochs.
 
 All files are MLX folders with an 8-bit embedding, in groups of 32; those of 4 bits in groups of 64, because the default
 base's weights come from 4 bits in groups of 32 and would be kept by these unchanged. GPTQ is calibrated on the same
@@ -51,7 +53,7 @@ from lorafold.models.load import LoadedModel, compute_dtype, load
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.runs.display import Display
 from lorafold.runs.fold import fold_run
-from lorafold.runs.folder import SUMMARY, read_run
+from lorafold.runs.folder import SUMMARY, Run, read_run
 from lorafold.runs.prepare import all_rows
 from lorafold.runs.quantize import quantize_model
 from lorafold.runs.start import start
@@ -70,12 +72,16 @@ class Method:
         base: the model that is trained: "dense", "nf4", or "quantized" (with GPTQ, in the bits of the column).
         rates: learning rates to choose among; none: those of `--lora-rates`.
         after: how the merged model is quantized (dense and nf4 only).
+        then: what is trained on that file, and at which rate; None where nothing is.
+        epochs: over the rows.
     """
 
     base: str
     spec: AdapterSpec
     rates: tuple[float, ...]
     after: str | None = None
+    then: tuple[AdapterSpec, float] | None = None
+    epochs: int = 1
 
 
 METHODS = {
@@ -85,6 +91,10 @@ METHODS = {
     "QA-LoRA r=16 on the GPTQ base": Method("quantized", AdapterSpec("qa-lora", 16), (4e-3, 8e-3)),
     "QA-LoRA, all offsets": Method("quantized", AdapterSpec("qa-lora", "full"), (5e-4, 1e-3)),
     "QA-LoRA, all offsets and scales": Method("quantized", AdapterSpec("qa-lora", "full", adapt="both"), (5e-4,)),
+    "LoRA r=8, merged, GPTQ, then all offsets": Method(
+        "dense", AdapterSpec("lora", 8), (), "gptq", (AdapterSpec("qa-lora", "full"), 3e-4)
+    ),
+    "LoRA r=8, two epochs, merged, GPTQ": Method("dense", AdapterSpec("lora", 8), (), "gptq", epochs=2),
 }
 
 
@@ -221,19 +231,29 @@ class Table:
     def deployed(self, method: Method, bits: int, rate: float, seed: int) -> tuple[Path, int]:
         """The file of a method, and how many parameters were trained."""
         base, spec = self.base(method.base, bits, seed), method.spec
-        run = self.folder / _file_name(f"run {base.name} {spec.r} {spec.adapt} {rate} {seed}")
+        times = "" if method.epochs == 1 else f" {method.epochs}"
+        name = f"run {base.name} {spec.r} {spec.adapt} {rate} {seed}{times}"
+        finished = self.trained(base, name, spec, rate, seed, method.epochs)
+        to = None if method.after is None else "f16"
+        path = self.made(f"folded {finished.path.name}", lambda path: fold_run(finished, path, to, lossy=True))
+        if method.after is not None:
+            merged, options = path, {"bits": bits, "method": method.after, "group_size": GROUPS[bits]}
+            path = self.quantized(f"after {finished.path.name} {bits} {method.after}", merged, seed, **options)
+        if method.then is None:
+            return path, finished.summary["trainable_parameters"]
+        last = self.trained(path, f"then {path.name}", *method.then, seed)
+        path = self.made(f"folded {last.path.name}", lambda path: fold_run(last, path, lossy=True))
+        return path, last.summary["trainable_parameters"]
+
+    def trained(self, base: Path, name: str, spec: AdapterSpec, rate: float, seed: int, epochs: int = 1) -> Run:
+        """The run of this name, made unless it is there."""
+        run = self.folder / _file_name(name)
         if not (run / SUMMARY).exists():
             shutil.rmtree(run, ignore_errors=True)
             data = DataConfig(self.rows, eval_data=self.rows, eval_limit=8, template=TEMPLATES[self.args.task])
-            training = TrainingConfig(learning_rate=rate, sample_rows=0, seed=seed)
+            training = TrainingConfig(learning_rate=rate, num_train_epochs=epochs, sample_rows=0, seed=seed)
             start(RunConfig(str(base), run, data, spec, training), self.display)
-        finished = read_run(run)
-        to = None if method.after is None else "f16"
-        path = self.made(f"folded {run.name}", lambda path: fold_run(finished, path, to, lossy=True))
-        if method.after is not None:
-            merged, options = path, {"bits": bits, "method": method.after, "group_size": GROUPS[bits]}
-            path = self.quantized(f"after {run.name} {bits} {method.after}", merged, seed, **options)
-        return path, finished.summary["trainable_parameters"]
+        return read_run(run)
 
     def fill(self) -> None:
         """The first seed with all rates, then the others; what a file weighs is remembered, the file is not."""
@@ -251,8 +271,10 @@ class Table:
                         key = f"{name} | {bits} | {rate} | {seed}"
                         make = functools.partial(self.deployed, method, bits, rate, seed)
                         self.measured(key, make, choosing=first and len(self.rates(name)) > 1)
-                        for path in (*self.folder.glob("after-*"), *self.folder.glob("folded-run-base*")):
+                        for path in (*self.folder.glob("folded-run-base*"), *self.folder.glob("folded-then*")):
                             shutil.rmtree(path)
+                for path in (*self.folder.glob("after-*"), *self.folder.glob("then-*")):
+                    shutil.rmtree(path)  # a merged model is quantized once for all that need it
             for path in self.folder.glob("folded-*"):
                 shutil.rmtree(path)
 
@@ -298,8 +320,8 @@ class Table:
         for name in self.methods:
             cells = [f"{_mean(self.scores(name, b))} ({self.rate(name, b):g})" for b in columns]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        ours = [name for name in self.methods if METHODS[name].after is None]
-        others = [name for name in self.methods if METHODS[name].after == "gptq"]
+        ours = [name for name in self.methods if METHODS[name].after is None or METHODS[name].then]
+        others = [name for name in self.methods if METHODS[name].after == "gptq" and not METHODS[name].then]
         if ours and others:
             best = [self._best(names) for names in (ours, others)]
             cells = [
