@@ -41,7 +41,7 @@ class Pack:
 
     Attributes:
         ids: token ids, int64 [T].
-        positions: place within the row, from 0, int64 [T].
+        positions: place within the row, from 0, int64 [T]; what a row is lengthened by stands at its last place.
         segments: lengths of the segments, in order; their sum is T.
         parents: for each segment the one that its rows have before it, which stands earlier; -1 where a row begins.
         target_at: positions in the pack whose hidden states predict a supervised token, int64 [S], row by row.
@@ -106,7 +106,9 @@ def pack(rows: Sequence[Tokens], align: int = 1, shared: int | None = None, whol
     wanted, target_in = _wanted(torch.tensor(target_at, dtype=torch.int64), len(ids), whole)
     return Pack(
         ids=torch.tensor(ids, dtype=torch.int64),
-        positions=torch.cat([torch.arange(s.start, s.start + n) for s, n in zip(tree, lengths, strict=True)]),
+        positions=torch.cat(
+            [torch.arange(s.start, s.start + n).clamp_(max=s.end - 1) for s, n in zip(tree, lengths, strict=True)]
+        ),
         segments=lengths,
         parents=[segment.parent for segment in tree],
         target_at=torch.tensor(target_at, dtype=torch.int64),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lorafold.data.batches import by_length, fill_up
 from lorafold.models.load import LoadedModel
-from lorafold.models.transformers_folder import positions
+from lorafold.models.positions import positions
 
 
 def embed(

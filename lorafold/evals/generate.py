@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache
 
+from lorafold.errors import DataError
 from lorafold.models.load import LoadedModel
+from lorafold.models.positions import learned_positions
 from lorafold.quant.linear import decoded_once
 
 # what llama.cpp takes for the end of a turn by its text (llama-vocab.cpp, special_eog_ids)
@@ -38,11 +40,19 @@ def end_tokens(loaded: LoadedModel) -> set[int]:
 
 @torch.no_grad()
 def generate(loaded: LoadedModel, ids: Sequence[int], max_new_tokens: int = 128, keep: bool = True) -> list[int]:
-    """Token ids that follow `ids`, the likeliest each time, without the end token.
+    """Token ids that follow `ids`, the likeliest each time, without the end token; fewer where positions end.
 
     Args:
         keep: keep decoded weights meanwhile, up to 1 GiB; without, each token decodes all of them.
+
+    Raises:
+        DataError: `ids` alone are more than the model has learned positions for.
     """
+    most = learned_positions(loaded)
+    if most is not None:
+        if len(ids) > most:
+            raise DataError(f"the prompt has {len(ids):,} tokens, and the model {most:,} positions; shorten it")
+        max_new_tokens = min(max_new_tokens, most - len(ids) + 1)
     with decoded_once(loaded.model) if keep else contextlib.nullcontext():
         return _greedy(loaded, ids, max_new_tokens)
 

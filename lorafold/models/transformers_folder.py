@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -90,18 +89,3 @@ def _see_to_padding(model: Any, tokenizer: Any, path: Path) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = "right"
-
-
-def positions(loaded: LoadedModel) -> int:
-    """How many positions the model has; 0 if its configuration does not say."""
-    return getattr(loaded.model.config, "max_position_embeddings", None) or 0
-
-
-def longest_row(loaded: LoadedModel, max_length: int) -> int:
-    """`max_length`, or what the model has positions for if that is less.
-
-    Where the table of positions has a row for padding, rows begin after it (RoBERTa, MPNet).
-    """
-    tables = (m for n, m in loaded.model.named_modules() if n.endswith("position_embeddings"))
-    first = next((m.padding_idx + 1 for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None), 0)
-    return min(max_length, max(positions(loaded) - first, 0) or max_length)

@@ -17,11 +17,12 @@ from lorafold.config import RunConfig
 from lorafold.data.rows import Example
 from lorafold.data.stream import RowStream
 from lorafold.data.tokens import prompt_ids
-from lorafold.errors import ConfigError, TrainingError
+from lorafold.errors import ConfigError, DataError, TrainingError
 from lorafold.evals.generate import generate
 from lorafold.evals.loss import loss_sum
 from lorafold.models.adapter_files import save_adapter
 from lorafold.models.load import LoadedModel, compute_dtype, load
+from lorafold.models.positions import check_positions
 from lorafold.runs.blocks import find_blocks
 from lorafold.runs.display import Display, follow
 from lorafold.runs.folder import (
@@ -125,6 +126,7 @@ def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) 
     """Model, adapter and rows of a run; nothing is written."""
     device = workers.take_device(pick_device(config.training.device))
     loaded = _load(config, display, workers, device)
+    check_positions(loaded, config.data.max_length)
     if config.training.gradient_checkpointing:
         check_checkpointing(loaded)
     data = prepare(config.data, loaded.tokenizer, config.training.seed, display)
@@ -354,8 +356,11 @@ def sample(
     with display.bar(label, len(examples)) as advance:
         for example in examples:
             ids = prompt_ids(example, loaded.tokenizer, config.data.template)
-            out = generate(loaded, ids, config.training.sample_tokens, keep=config.training.memory is None)
-            texts.append(loaded.tokenizer.decode(out, skip_special_tokens=True).strip())
+            try:
+                out = generate(loaded, ids, config.training.sample_tokens, keep=config.training.memory is None)
+                texts.append(loaded.tokenizer.decode(out, skip_special_tokens=True).strip())
+            except DataError as error:  # too long, as its row was
+                texts.append(f"({error})")
             advance(1)
     return texts
 

@@ -24,7 +24,7 @@ from lorafold.errors import DataError
 from lorafold.models.classifier import adapter_labels, known_labels, load_classifier, new_modules
 from lorafold.models.encoder import load_encoder
 from lorafold.models.load import LoadedModel
-from lorafold.models.transformers_folder import longest_row
+from lorafold.models.positions import longest_row
 from lorafold.train.loop import rows_per_step
 from lorafold.train.objectives import InfoNCE, Objective, classify_texts, classify_words
 

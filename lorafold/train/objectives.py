@@ -31,7 +31,7 @@ from lorafold.evals.loss import WHOLE as PACK
 from lorafold.evals.loss import hidden_states, packed
 from lorafold.evals.retrieval import Candidates, RetrievalScores, candidates_of, retrieval, scaled_cosines
 from lorafold.models.load import LoadedModel
-from lorafold.models.transformers_folder import positions
+from lorafold.models.positions import positions
 from lorafold.train.budget import LARGEST_MICRO_BATCH, TRIED, Trial
 from lorafold.train.loop import usual_tokens
 

@@ -116,7 +116,10 @@ def test_every_row_is_a_path_of_the_tree(count: int, seed: int, shared: int, ali
     expected = [(row.ids[:i], row.ids[i]) for row in rows for i, flag in enumerate(row.supervised) if flag]
     actual = [(before(p), t) for p, t in zip(found.target_at.tolist(), found.targets.tolist(), strict=True)]
     assert actual == expected
-    assert all(found.positions[place] == len(before(place)) - 1 for place in range(len(found.ids)))
+    last = [int(positions.max()) for positions in found.positions.split(found.segments)]
+    assert all(found.positions[i] == min(len(before(i)) - 1, last[owner[i]]) for i in range(len(found.ids)))
+    leaves = set(range(len(found.segments))) - set(found.parents)
+    assert sorted(last[i] + 1 for i in leaves) == sorted(len(row) for row in rows)  # lengthening needs no position
     for index, parent in enumerate(found.parents):
         assert -1 <= parent < index
     inner = set(found.parents) - {-1}
