@@ -58,20 +58,19 @@ def _losses(models: tuple[str, ...], adapters: tuple[Path, ...], data: RowsConfi
     from rich.table import Table
 
     from lorafold.cli.variants import in_llama_cpp, in_torch, tokenizer_of, variants
+    from lorafold.data.stream import sampled
     from lorafold.evals.compare import runtime_loss
     from lorafold.evals.loss import evaluate as evaluate_in_torch
     from lorafold.models.positions import check_positions
     from lorafold.runs.display import Display
-    from lorafold.runs.folder import CONFIG
 
     display = Display()
     table = Table("model", "runtime", "loss", "perplexity", "tokens")
     for variant in variants(models, adapters):
         if runtime == "torch":
             loaded = in_torch(variant, dtype)
-            if not (data.data / CONFIG).is_file():  # a run's rows are as long as they were in training
-                check_positions(loaded, data.max_length)
             rows = _rows(data, loaded.tokenizer, display)
+            check_positions(loaded, sampled(rows))
             with display.bar(variant.label, len(rows)) as done:
                 loss = evaluate_in_torch(loaded, rows, progress=done)
         else:

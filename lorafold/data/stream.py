@@ -33,6 +33,11 @@ class Source(Protocol):
         ...
 
 
+def sampled(rows: Sequence[Tokens] | RowStream) -> list[Tokens]:
+    """All rows that are in memory; of a stream those that it has tried, the longest texts among them."""
+    return rows.sample if isinstance(rows, RowStream) else list(rows)
+
+
 class RowStream:
     """Rows that become tokens when they are wanted; `len()` counts those that have nothing to learn as well.
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from lorafold.errors import DataError
 from lorafold.models.load import LoadedModel
-from lorafold.models.positions import learned_positions
+from lorafold.models.positions import table_of_positions
 from lorafold.quant.linear import decoded_once
 
 # what llama.cpp takes for the end of a turn by its text (llama-vocab.cpp, special_eog_ids)
@@ -46,9 +46,9 @@ def generate(loaded: LoadedModel, ids: Sequence[int], max_new_tokens: int = 128,
         keep: keep decoded weights meanwhile, up to 1 GiB; without, each token decodes all of them.
 
     Raises:
-        DataError: `ids` alone are more than the model has learned positions for.
+        DataError: `ids` alone are more than the model's table of positions holds.
     """
-    most = learned_positions(loaded)
+    most = table_of_positions(loaded)
     if most is not None:
         if len(ids) > most:
             raise DataError(f"the prompt has {len(ids):,} tokens, and the model {most:,} positions; shorten it")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sized
+
 from torch import nn
 
 from lorafold.errors import ConfigError
 from lorafold.models.load import LoadedModel
+
+_BUFFERS = ("embed_positions", "pos_encoding")  # tables that are computed once, by transformers' names
 
 
 def positions(loaded: LoadedModel) -> int:
@@ -23,26 +27,33 @@ def longest_row(loaded: LoadedModel, max_length: int) -> int:
     return min(max_length, max(positions(loaded) - first, 0) or max_length)
 
 
-def learned_positions(loaded: LoadedModel) -> int | None:
-    """How many positions a language model with a learned table of them has (GPT-2, OPT), and None without one.
+def table_of_positions(loaded: LoadedModel) -> int | None:
+    """How many positions a language model with a table of them has (GPT-2, OPT, GPT-J); None without one.
 
-    Rotary positions are computed, and go on after those that were trained.
+    Rotary positions are computed as a rule, and go on after those that were trained.
     """
-    count, tokens = positions(loaded), loaded.model.get_input_embeddings()
-    tables = (m for m in loaded.model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
-    held = any(count <= table.num_embeddings <= count + 2 for table in tables)  # OPT's begins with two rows of its own
+    count, model = positions(loaded), loaded.model
+    tokens = model.get_input_embeddings()
+    own = next((name for name, module in model.named_modules() if module is tokens), "")
+    rows = [
+        len(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and not f"{name}.".startswith(f"{own}.")  # an adapter has it within
+    ]
+    rows += [len(table) for name, table in model.named_buffers() if name.rpartition(".")[2] in _BUFFERS]
+    held = any(count <= number <= count + 2 for number in rows)  # OPT's begins with two rows of its own
     return count if count and held else None
 
 
-def check_positions(loaded: LoadedModel, max_length: int) -> None:
-    """Refuse rows of `max_length` tokens where a learned table of positions does not reach so far.
+def check_positions(loaded: LoadedModel, rows: Iterable[Sized]) -> None:
+    """Refuse rows that reach beyond a table of positions.
 
     Raises:
         ConfigError: with the length that it reaches.
     """
-    count = learned_positions(loaded)
-    if count is not None and max_length > count:
+    count, longest = table_of_positions(loaded), max(map(len, rows))
+    if count is not None and longest > count:
         raise ConfigError(
-            f"rows may be {max_length:,} tokens long (max_length), and {loaded.path.name} has learned {count:,} "
-            f"positions; give --max-length {count}, which cuts longer rows"
+            f"a row has {longest:,} tokens, and {loaded.path.name} {count:,} positions; give --max-length {count}, "
+            "which cuts longer rows"
         )

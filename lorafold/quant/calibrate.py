@@ -5,9 +5,10 @@
   turn; the smallest squared error is kept. With a Hessian, errors are weighted by its diagonal, the mean square of
   the inputs.
 * `gptq` (arXiv 2210.17323): columns are rounded one after the other, and what each loses is made good in the columns
-  that follow, for the smallest error of the layer's output on the calibration rows. The parameters of a group are those
-  of `search`, found when its first column is reached. Before that, weights can be moved so that the layer makes up
-  for a part of what the layers before it have lost: `recovery`.
+  that follow, for the smallest error of the layer's output on the calibration rows. The parameters of a group are found
+  when its first column is reached: of candidates as those of `search` the pair that leaves the smallest such error. At
+  the end parameters are fitted jointly and codes exchanged: `refine.py`. Before that, weights can be moved so that the
+  layer makes up for a part of what the layers before it have lost: `recovery`.
 
 Scales and offsets are rounded to the type in which the format stores them before codes are chosen.
 """
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from lorafold.quant.codecs import CODECS
 from lorafold.quant.ggml import Codec
-from lorafold.quant.solver import candidates, round_columns, squared_errors
+from lorafold.quant.refine import refined
+from lorafold.quant.solver import best_candidates, candidates, round_columns, squared_errors
 from lorafold.quant.weight import QuantizedWeight, check_encodable
 
 Method = Literal["rtn", "search", "gptq"]
@@ -51,7 +53,10 @@ def quantize(weight: Tensor, codec: str, method: Method, hessian: Tensor | None 
     wide, hessian = weight.float().cpu(), None if hessian is None else hessian.cpu()
     if method == "gptq":
         assert hessian is not None
-        scale, offset, codes = _gptq(wide, hessian, form)
+        damped, factor = _factored(hessian)
+        chosen = _gptq(wide, factor, form)
+        del factor
+        scale, offset, codes = refined(wide, damped, *chosen, form)
     else:
         importance = None if hessian is None else hessian.diagonal().unflatten(0, (-1, form.group_size))
         groups = wide.unflatten(1, (-1, form.group_size))
@@ -87,63 +92,68 @@ def recovery(hessian: Tensor, lost: Tensor) -> Tensor:
     return torch.cholesky_solve(lost.double().T, lower).T.float()
 
 
-def _levels(form: Codec) -> int:
-    return (1 << form.bits) - 1
-
-
-def _stored(values: Tensor, form: Codec) -> Tensor:
-    return values.to(form.stored).float()
-
-
 def _nearest(groups: Tensor, scale: Tensor, offset: Tensor, form: Codec) -> Tensor:
     """Codes [..., n] float32 of weights [..., n]; 0 where the scale is 0."""
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    return ((groups - offset[..., None]) * inverse[..., None]).round_().clamp_(0, _levels(form))
+    return ((groups - offset[..., None]) * inverse[..., None]).round_().clamp_(0, form.largest_code)
 
 
 def _parameters(groups: Tensor, form: Codec, method: Method, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and offset [...] of groups [..., n], as the format stores them; importance [n] or [G, n]."""
     low, high = groups.amin(-1), groups.amax(-1)
-    spanning = _stored((high - low) / _levels(form), form), _stored(low, form)
     if method == "rtn":
-        return spanning
+        return _spanning(low, high, form)
+    rows, weights = _weighted(groups, importance, form)
+    scale, offset = _tried(rows, weights, form)
+    errors = squared_errors(rows, weights, form.largest_code, scale, offset)
+    best = errors.nan_to_num_(nan=torch.inf).argmin(1, keepdim=True)  # not a number: of an overflow
+    return scale.gather(1, best).view_as(low), offset.gather(1, best).view_as(low)
+
+
+def _spanning(low: Tensor, high: Tensor, form: Codec) -> tuple[Tensor, Tensor]:
+    """Scale and offset whose codes reach from the smallest weight of a group to the largest."""
+    return form.as_stored((high - low) / form.largest_code), form.as_stored(low)
+
+
+def _weighted(groups: Tensor, importance: Tensor | None, form: Codec) -> tuple[Tensor, Tensor]:
+    """Groups as rows [R, n], and what errors in them weigh [1 or G, n]."""
     weights = groups.new_ones(form.group_size) if importance is None else importance
     weights = weights / weights.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) + 1e-3
-    weights, rows = weights.reshape(-1, form.group_size).contiguous(), groups.reshape(-1, form.group_size).contiguous()
-    found = candidates(rows, weights, _levels(form), _SPANS, _REFITS)
-    tried = [
-        torch.cat([first.reshape(-1, 1), _stored(more, form)], 1) for first, more in zip(spanning, found, strict=True)
-    ]
-    errors = squared_errors(rows, weights, _levels(form), *tried).nan_to_num_(nan=torch.inf)  # of an overflow
-    best = errors.argmin(1, keepdim=True)
-    return tried[0].gather(1, best).view_as(low), tried[1].gather(1, best).view_as(low)
+    return groups.reshape(-1, form.group_size).contiguous(), weights.reshape(-1, form.group_size).contiguous()
 
 
-def _gptq(weight: Tensor, hessian: Tensor, form: Codec) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and offset [O, G] and codes [O, G, n]."""
+def _tried(rows: Tensor, weights: Tensor, form: Codec) -> tuple[Tensor, Tensor]:
+    """Scales and offsets [R, S] of groups [R, n], the first those that span them."""
+    first = _spanning(rows.amin(1), rows.amax(1), form)
+    found = candidates(rows, weights, form.largest_code, _SPANS, _REFITS)
+    scale, offset = (torch.cat([x[:, None], form.as_stored(y)], 1) for x, y in zip(first, found, strict=True))
+    return scale, offset
+
+
+def _gptq(weight: Tensor, factor: Tensor, form: Codec) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and offset [O, G] and codes [O, G, n]; `factor` as `_factored` gives it."""
     size, width = form.group_size, weight.shape[1]
     left = weight.clone()
-    factor = _inverse_factor(hessian)
-    importance = hessian.diagonal()
-    scales, offsets, codes = [], [], []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     for at in range(0, width, size):
         columns, here = left[:, at : at + size].clone(), factor[at : at + size, at : at + size]
-        scale, offset = _parameters(columns, form, "search", importance[at : at + size])
-        chosen, errors = round_columns(columns, here, scale, offset, _levels(form))
+        tried = _tried(*_weighted(columns, here.diagonal().square().reciprocal(), form), form)
+        best = best_candidates(columns, here, *tried, form.largest_code)
+        scale, offset = (x.gather(1, best)[:, 0] for x in tried)
+        codes, errors = round_columns(columns, here, scale, offset, form.largest_code)
         left[:, at + size :] -= errors @ factor[at : at + size, at + size :]
-        scales.append(scale)
-        offsets.append(offset)
-        codes.append(chosen)
-    return torch.stack(scales, 1), torch.stack(offsets, 1), torch.stack(codes, 1)
+        found.append((scale, offset, codes))
+    scale, offset, codes = (torch.stack(x, 1) for x in zip(*found, strict=True))
+    return scale, offset, codes
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper triangular U [I, I] with U^T U = H^-1, H being damped until it has an inverse."""
-    diagonal = hessian.diagonal().double()
-    mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+def _factored(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """H [I, I] with a mean diagonal of 1, damped until it has an inverse, and upper triangular U with U^T U = H^-1."""
+    mean = hessian.diagonal().double().mean().clamp_min(torch.finfo(torch.float64).tiny)
     for damping in (_DAMPING, 10 * _DAMPING, 1.0):
-        damped = hessian.double() + torch.eye(len(hessian), dtype=torch.float64) * (damping * mean)
+        damped = hessian.double() / mean
+        damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+            return damped.float(), torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
     raise ValueError(_NOT_FINITE)

@@ -63,6 +63,11 @@ class Codec:
         return 4 if self.affine else 2
 
     @property
+    def largest_code(self) -> int:
+        """The largest code of an affine format, whose codes begin at 0."""
+        return (1 << self.bits) - 1
+
+    @property
     def bits_per_weight(self) -> float:
         """Storage per weight, parameters included."""
         return self.block_bytes * 8 / self.block_weights
@@ -80,6 +85,10 @@ class Codec:
     def parameters(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and offsets, as `scale` and `offset` give them."""
         return self.scale(blocks), self.offset(blocks)
+
+    def as_stored(self, values: Tensor) -> Tensor:
+        """Scales or offsets float32, rounded to the type in which they are stored."""
+        return values.to(self.stored).float()
 
     def codes(self, blocks: Tensor) -> Tensor:
         """Codes [O, G, 32], unsigned 8-bit (signed for Q8_0)."""
@@ -191,7 +200,7 @@ class Codec:
         groups = weight.float().unflatten(1, (-1, GROUP))
         if self.affine:
             low, high = groups.amin(-1), groups.amax(-1)
-            scale, shift, offset = (high - low) / ((1 << self.bits) - 1), 0.5, low
+            scale, shift, offset = (high - low) / self.largest_code, 0.5, low
         else:
             # ggml keeps the sign of the entry of largest magnitude: it becomes the most negative code
             peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
@@ -203,7 +212,7 @@ class Codec:
             whole = scaled.abs().floor()
             codes = scaled.sign() * (whole + (2 * (scaled.abs() - whole)).floor())  # C's roundf: halves go outward
         else:
-            codes = (scaled + shift).trunc().clamp(0, (1 << self.bits) - 1)
+            codes = (scaled + shift).trunc().clamp(0, self.largest_code)
         return self.assemble(scale, offset, codes)
 
 

@@ -53,7 +53,7 @@ class MLXCodec(Codec):
         place = torch.arange(self.bits, device=blocks.device) * 8
         words = (packed << place).sum(-1, keepdim=True)
         shifts = torch.arange(8, device=blocks.device) * self.bits
-        return ((words >> shifts) & ((1 << self.bits) - 1)).flatten(-2).to(torch.uint8)
+        return ((words >> shifts) & self.largest_code).flatten(-2).to(torch.uint8)
 
     def assemble(self, scale: Tensor, offset: Tensor, codes: Tensor) -> Tensor:
         """Blocks [O, G, block_bytes] from scale and offset [O, G] (rounded to `stored`) and codes [O, G, group]."""
@@ -71,7 +71,7 @@ class MLXCodec(Codec):
         Raises:
             ValueError: a scale or bias is too large for the type in which it is stored.
         """
-        groups, levels = weight.float().unflatten(1, (-1, self.group_size)), (1 << self.bits) - 1
+        groups, levels = weight.float().unflatten(1, (-1, self.group_size)), self.largest_code
         low, high = groups.amin(-1), groups.amax(-1)
         from_low = low.abs() > high.abs()
         scale = ((high - low) / levels).clamp_min(_LEAST_SCALE)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numba import njit, prange
 from torch import Tensor
 
@@ -54,6 +55,28 @@ def round_columns(columns: Tensor, factor: Tensor, scale: Tensor, offset: Tensor
     return codes, errors
 
 
+def best_candidates(columns: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: int) -> Tensor:
+    """Which of each row's scales and offsets [O, S] makes the squared errors of `round_columns` least: int64 [O, 1]."""
+    best = columns.new_zeros(len(columns), 1, dtype=torch.int64)
+    arrays = (x.contiguous().numpy() for x in (columns, factor, scale, offset))
+    on_torch_threads(_best_candidates, *arrays, np.float32(levels), best.numpy()[:, 0])
+    return best
+
+
+def exchange_codes(codes: Tensor, lost: Tensor, hessian: Tensor, scale: Tensor, levels: int, times: int) -> None:
+    """Give each weight in turn the code [O, G, n] of the least error (W - V) H (W - V)^T, all others as they are.
+
+    Args:
+        codes: changed in place.
+        lost: (W - V) H [O, I], V being what the codes stand for; changed in place.
+        hessian: H [I, I].
+        scale: [O, G].
+        times: how often all weights of a row are gone through, unless none has changed.
+    """
+    arrays = (x.contiguous().numpy() for x in (hessian, scale))
+    on_torch_threads(_exchange_codes, codes.numpy(), lost.numpy(), *arrays, np.float32(levels), times)
+
+
 @njit(inline="always")
 def _code(weight, inverse, offset, levels):
     return min(max(np.rint((weight - offset) * inverse), np.float32(0)), levels)
@@ -61,7 +84,8 @@ def _code(weight, inverse, offset, levels):
 
 @njit(inline="always")
 def _inverse(scale):
-    return np.float32(0) if scale == 0 else np.float32(1) / scale
+    inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
+    return inverse if np.isfinite(inverse) else np.float32(0)
 
 
 @njit(parallel=True, cache=True, fastmath=_SUMS)
@@ -116,3 +140,44 @@ def _round_columns(columns, factor, scales, offsets, codes, errors, levels):
             for j in range(i, n):
                 w[j] -= error * factor[i, j]
             codes[r, i], errors[r, i] = code, error
+
+
+@njit(parallel=True, cache=True, fastmath=_SUMS)
+def _best_candidates(columns, factor, scales, offsets, levels, best):
+    n = columns.shape[1]
+    for r in prange(columns.shape[0]):
+        w, least = np.empty(n, np.float32), np.float32(np.inf)
+        for s in range(scales.shape[1]):
+            scale, offset, inverse, loss = scales[r, s], offsets[r, s], _inverse(scales[r, s]), np.float32(0)
+            w[:] = columns[r]
+            for i in range(n):
+                code = _code(w[i], inverse, offset, levels)
+                error = (w[i] - (code * scale + offset)) / factor[i, i]
+                loss += error * error
+                if not loss < least:  # of an overflow as well
+                    break
+                for j in range(i + 1, n):
+                    w[j] -= error * factor[i, j]
+            if loss < least:
+                least, best[r] = loss, s
+
+
+@njit(parallel=True, cache=True, fastmath=_SUMS)
+def _exchange_codes(codes, lost, hessian, scales, levels, times):
+    groups, n = codes.shape[1:]
+    for r in prange(codes.shape[0]):
+        for _ in range(times):
+            changed = False
+            for g in range(groups):
+                scale, inverse = scales[r, g], _inverse(scales[r, g])
+                for i in range(n):
+                    j, old = g * n + i, codes[r, g, i]
+                    wanted = np.rint(old + lost[r, j] / hessian[j, j] * inverse)
+                    code = min(max(wanted, np.float32(0)), levels)
+                    if code != old:
+                        codes[r, g, i], changed = code, True
+                        step = (code - old) * scale
+                        for k in range(lost.shape[1]):
+                            lost[r, k] -= step * hessian[j, k]
+            if not changed:
+                break

@@ -15,7 +15,7 @@ from lorafold.adapters.inject import Injection
 from lorafold.adapters.ranks import MovingRanks
 from lorafold.config import RunConfig
 from lorafold.data.rows import Example
-from lorafold.data.stream import RowStream
+from lorafold.data.stream import RowStream, sampled
 from lorafold.data.tokens import prompt_ids
 from lorafold.errors import ConfigError, DataError, TrainingError
 from lorafold.evals.generate import generate
@@ -126,11 +126,11 @@ def _prepare(config: RunConfig, display: Display, left: Left, workers: Workers) 
     """Model, adapter and rows of a run; nothing is written."""
     device = workers.take_device(pick_device(config.training.device))
     loaded = _load(config, display, workers, device)
-    check_positions(loaded, config.data.max_length)
     if config.training.gradient_checkpointing:
         check_checkpointing(loaded)
     data = prepare(config.data, loaded.tokenizer, config.training.seed, display)
     rows = data.train.rows
+    check_positions(loaded, sampled(rows) + sampled(data.held_out.rows))
     check_same_learning(left, train_rows=len(rows), data_sha256=data.fingerprint, dtype=_name(loaded.dtype))
     seeded(config.training.seed)
     injection = adapt_for(loaded, config, rows, left.checkpoint)

@@ -24,7 +24,7 @@ from lorafold.adapters.adapted import parameters_once
 from lorafold.adapters.ranks import MovingRanks
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import even_batches
-from lorafold.data.stream import RowStream, row_batches
+from lorafold.data.stream import RowStream, row_batches, sampled
 from lorafold.data.tokens import Tokens
 from lorafold.errors import ConfigError, TrainingError
 from lorafold.evals.loss import head_once, pack_loss, packed
@@ -96,8 +96,7 @@ def plan_step(loaded: LoadedModel, rows: Sequence[Tokens] | RowStream, config: T
     Raises:
         TrainingError: the longest row does not fit the memory that is allowed, or the model cannot checkpoint.
     """
-    known = rows.sample if isinstance(rows, RowStream) else rows
-    return plan_as_configured(loaded, config, lambda: trial_of_packs(loaded, known))
+    return plan_as_configured(loaded, config, lambda: trial_of_packs(loaded, sampled(rows)))
 
 
 def plan_as_configured(loaded: LoadedModel, config: TrainingConfig, trial: Callable[[], Trial]) -> Plan:

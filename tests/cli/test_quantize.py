@@ -133,7 +133,8 @@ def test_calibrated_by_the_inputs_that_the_layers_see(
         packed = result.get_submodule(name).packed  # type: ignore[union-attr]
         again = quantize(weight, packed.codec, "gptq", hessian)  # type: ignore[arg-type, union-attr]
         same = packed.format.codes(again.blocks) == packed.format.codes(packed.blocks)
-        assert same.float().mean() > 0.999  # sums in another order, so that a code may be the next one
+        # sums in another order: a code may be the next one, and then others of its row; other inputs: 0.64 to 0.75
+        assert same.float().mean() > 0.99
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3"])

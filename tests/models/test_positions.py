@@ -9,19 +9,22 @@ import pytest
 import torch
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
+from lorafold.adapters.inject import inject
+from lorafold.config import AdapterSpec
 from lorafold.data.tokens import Tokens
 from lorafold.errors import ConfigError, DataError
 from lorafold.evals.generate import generate
 from lorafold.evals.loss import evaluate
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.load import LoadedModel, load
-from lorafold.models.positions import check_positions, learned_positions
+from lorafold.models.positions import check_positions, table_of_positions
 from lorafold.models.tokenizer import load_tokenizer
 from tests.practice import command, row_losses, tiny_folder, write_data
 from tests.tiny import VOCABULARY, tiny_gguf
 
 POSITIONS = 50  # not a multiple of what rows in packs are lengthened to
 KINDS = {
+    "gptj": {"n_positions": POSITIONS, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8},
     "gpt2": {"n_positions": POSITIONS, "n_embd": 32, "n_layer": 2, "n_head": 2},
     "opt": {
         "max_position_embeddings": POSITIONS,
@@ -65,16 +68,20 @@ def test_a_row_may_fill_the_table(folder: Path, loaded: LoadedModel) -> None:
 
 
 def test_longer_rows_are_refused(loaded: LoadedModel) -> None:
-    assert learned_positions(loaded) == POSITIONS
-    check_positions(loaded, POSITIONS)
-    with pytest.raises(ConfigError, match=f"51 tokens .* learned {POSITIONS} positions; give --max-length {POSITIONS}"):
-        check_positions(loaded, POSITIONS + 1)
+    assert table_of_positions(loaded) == POSITIONS
+    check_positions(loaded, [[0] * POSITIONS, [0]])
+    with pytest.raises(ConfigError, match=f"51 tokens, and .* {POSITIONS} positions; give --max-length {POSITIONS}"):
+        check_positions(loaded, [[0], [0] * (POSITIONS + 1)])
 
 
 def test_rotary_positions_go_on(tmp_path: Path) -> None:
+    """Also where there are as many tokens as positions, and an adapter stands in the embedding's place."""
     loaded = load(tiny_folder(tmp_path / "llama"))
-    assert learned_positions(loaded) is None
-    check_positions(loaded, 10**6)
+    loaded.model.config.max_position_embeddings = VOCABULARY
+    assert table_of_positions(loaded) is None
+    inject(loaded.model, AdapterSpec("lora", r=2, target_modules=("embed_tokens",)))
+    assert table_of_positions(loaded) is None
+    check_positions(loaded, [[0] * 10**6])
 
 
 def test_generation_ends_where_positions_end(loaded: LoadedModel) -> None:
@@ -101,3 +108,8 @@ def test_commands_say_how_long_rows_may_be(folder: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert command("eval", folder, "--adapter", out, "--data", out) == 0
     assert capsys.readouterr().out.count("torch") == 2
+    other = tmp_path / "other"  # rows of a run of another model, which can be longer
+    llama = ("train", tiny_folder(tmp_path / "llama"), "--data", data, "-o", other)
+    assert command(*llama, *training[6:], *short[2:]) == 0
+    assert command("eval", folder, "--data", other) == 2
+    assert f"give --max-length {POSITIONS}" in capsys.readouterr().err
