@@ -200,7 +200,7 @@ print(max(peaks), peak_bytes(), allowed)
 """
 
 
-@pytest.mark.parametrize(("rank", "more", "sizes"), [(64, 700_000_000, (210, 230, 250)), (8, 550_000_000, (240, 250))])
+@pytest.mark.parametrize(("rank", "more", "sizes"), [(64, 700_000_000, (230, 250)), (8, 550_000_000, (240, 250))])
 def test_the_process_stays_below(rank: int, more: int, sizes: tuple[int, ...]) -> None:
     """Two steps of a real model, and what is measured before, in a process of its own.
 
