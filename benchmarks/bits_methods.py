@@ -1,7 +1,7 @@
 """QA-LoRA in 4, 3 and 2 bits against LoRA and QLoRA quantized afterwards, each measured in the file that is deployed.
 
-    python benchmarks/bits_methods.py --task gsm8k --train gsm8k/train.jsonl.gz --test gsm8k/test.jsonl.gz -o DIR
-    python benchmarks/bits_methods.py --task arc --train ARC-Easy.train.jsonl.gz --test ARC-Easy.test.jsonl.gz -o DIR
+    python -m benchmarks.bits_methods --task gsm8k --train gsm8k/train.jsonl.gz --test gsm8k/test.jsonl.gz -o DIR
+    python -m benchmarks.bits_methods --task arc --train ARC-Easy.train.jsonl.gz --test ARC-Easy.test.jsonl.gz -o DIR
 
 `--quick` is one seed, one learning rate, 2 bits, and few rows. `--model` takes a transformers folder in 16 or 32
 bits, or a GGUF file, which is decoded to float16 for the dense base; without it SmolLM2-135M-Instruct in Q4_1 is. Rows
@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gzip
 import json
 import random
 import re
@@ -42,6 +41,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.bits_questions import Question, read_questions
 from lorafold.adapters.targets import linear_layers
 from lorafold.config import AdapterSpec, DataConfig, QuantizeConfig, RowsConfig, RunConfig, TrainingConfig
 from lorafold.data.rows import Example
@@ -96,32 +96,6 @@ METHODS = {
     ),
     "LoRA r=8, two epochs, merged, GPTQ": Method("dense", AdapterSpec("lora", 8), (), "gptq", epochs=2),
 }
-
-
-@dataclass(frozen=True)
-class Question:
-    """One row of either task: what is asked, what can be answered, and which of these is right."""
-
-    prompt: str
-    choices: tuple[str, ...]
-    right: int = 0
-
-
-def read_questions(task: str, path: Path, count: int) -> list[Question]:
-    """The first rows of a file."""
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
-    if task == "gsm8k":
-        return [Question(row["question"], (row["answer"],)) for row in rows]
-    questions = []
-    for row in rows:
-        text, _, rest = (
-            row["instruction"].removeprefix("Please choose the correct answer to the question: ").partition("\n\n")
-        )
-        choices = re.split(r"\s*Answer\d+: ", rest.partition("\n\nAnswer format")[0])[1:]
-        right = int(row["answer"].removeprefix("answer")) - 1
-        questions.append(Question(f"Question: {text}\nAnswer:", tuple(f" {c.strip()}" for c in choices), right))
-    return questions
 
 
 def _file_name(name: str) -> str:

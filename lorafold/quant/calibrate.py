@@ -100,18 +100,18 @@ def _nearest(groups: Tensor, scale: Tensor, offset: Tensor, form: Codec) -> Tens
 
 def _parameters(groups: Tensor, form: Codec, method: Method, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and offset [...] of groups [..., n], as the format stores them; importance [n] or [G, n]."""
-    low, high = groups.amin(-1), groups.amax(-1)
     if method == "rtn":
-        return _spanning(low, high, form)
+        return _spanning(groups, form)
     rows, weights = _weighted(groups, importance, form)
     scale, offset = _tried(rows, weights, form)
     errors = squared_errors(rows, weights, form.largest_code, scale, offset)
     best = errors.nan_to_num_(nan=torch.inf).argmin(1, keepdim=True)  # not a number: of an overflow
-    return scale.gather(1, best).view_as(low), offset.gather(1, best).view_as(low)
+    return scale.gather(1, best).view(groups.shape[:-1]), offset.gather(1, best).view(groups.shape[:-1])
 
 
-def _spanning(low: Tensor, high: Tensor, form: Codec) -> tuple[Tensor, Tensor]:
-    """Scale and offset whose codes reach from the smallest weight of a group to the largest."""
+def _spanning(groups: Tensor, form: Codec) -> tuple[Tensor, Tensor]:
+    """Scale and offset [...] whose codes reach from the smallest weight of a group [..., n] to the largest."""
+    low, high = groups.amin(-1), groups.amax(-1)
     return form.as_stored((high - low) / form.largest_code), form.as_stored(low)
 
 
@@ -124,9 +124,10 @@ def _weighted(groups: Tensor, importance: Tensor | None, form: Codec) -> tuple[T
 
 def _tried(rows: Tensor, weights: Tensor, form: Codec) -> tuple[Tensor, Tensor]:
     """Scales and offsets [R, S] of groups [R, n], the first those that span them."""
-    first = _spanning(rows.amin(1), rows.amax(1), form)
     found = candidates(rows, weights, form.largest_code, _SPANS, _REFITS)
-    scale, offset = (torch.cat([x[:, None], form.as_stored(y)], 1) for x, y in zip(first, found, strict=True))
+    scale, offset = (
+        torch.cat([x[:, None], form.as_stored(y)], 1) for x, y in zip(_spanning(rows, form), found, strict=True)
+    )
     return scale, offset
 
 

@@ -64,7 +64,7 @@ class Codec:
 
     @property
     def largest_code(self) -> int:
-        """The largest code of an affine format, whose codes begin at 0."""
+        """The largest code where codes begin at 0."""
         return (1 << self.bits) - 1
 
     @property
