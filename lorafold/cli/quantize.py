@@ -40,7 +40,7 @@ def quantize(
     from lorafold.runs.blocks import find_blocks
     from lorafold.runs.loftq import start_folder
     from lorafold.runs.prepare import all_rows
-    from lorafold.runs.quantize import quantize_model
+    from lorafold.runs.quantize import few_tokens, quantize_model
 
     config = options or QuantizeConfig()
     if rows is not None and (config.format != "affine" or config.method == "rtn" or config.loftq_r):
@@ -56,6 +56,8 @@ def quantize(
         tokenized = all_rows(replace(rows, limit=rows.limit or CALIBRATION_ROWS), loaded.tokenizer)
         tokens = list(tokenized.rows)
         display.say(f"calibration: {tokenized.describe()}")
+        if warning := few_tokens(loaded.model, tokens, config):
+            display.say(warning)
     with display.bar("blocks", len(find_blocks(loaded.model))) as done:
         report = quantize_model(loaded, tokens, config, output, done)
     shown.output(f"{output}: {report.describe()}")

@@ -35,6 +35,7 @@ _GGUF_TYPES = {4: "Q4_1", 5: "Q5_1", 8: "Q8_0"}
 _STORED = {"float16": "F16", "bfloat16": "BF16"}
 _PACK_TOKENS = 1024
 _PROPAGATE = 0.5  # the best of those tried, see docs/log.md
+_TOKENS_PER_INPUT = 2  # below, codes were seen to fit the rows and not the layer, see docs/log.md
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,21 @@ def choose_codecs(config: QuantizeConfig, gguf: bool) -> tuple[str, str | None]:
             "file to write an MLX folder, which holds 2 to 8 bits in groups of 32, 64 or 128"
         )
     return _GGUF_TYPES[config.bits], _GGUF_TYPES.get(wide)
+
+
+def few_tokens(model: nn.Module, rows: Sequence[Tokens] | None, config: QuantizeConfig) -> str:
+    """A warning where GPTQ would see few tokens for inputs so wide; otherwise empty."""
+    if not rows or config.format != "affine" or config.method not in (None, "gptq"):
+        return ""
+    tokens = sum(len(row.ids) for row in rows)
+    layers = [layer for _, block in find_blocks(model) for layer in linear_layers(block).values()]
+    widest = max((layer.in_features for layer in layers), default=0)
+    if tokens >= _TOKENS_PER_INPUT * widest:
+        return ""
+    return (
+        f"warning: {tokens:,} tokens are few for layers with up to {widest:,} inputs, and gptq fits codes to what is "
+        f"chance in them; give rows of {_TOKENS_PER_INPUT * widest:,} tokens or more (--data, --limit)"
+    )
 
 
 def quantize_model(

@@ -217,6 +217,20 @@ def test_a_layer_that_no_row_reaches(tmp_path: Path) -> None:
     assert torch.equal(packed.decode(), quantize(idle.weight.detach(), packed.codec, "search").decode())
 
 
+def test_few_tokens_to_calibrate_on_are_said(tmp_path: Path, data: Path, capsys: Output) -> None:
+    """From two tokens for each input of the widest layer on nothing is; nor of what does not look at inputs so."""
+    source = tiny_folder_of(tmp_path / "m", "llama")
+    assert command("quantize", source, "-o", tmp_path / "out", "--bits", 2, "--data", data, "--limit", 1) == 0
+    assert "tokens are few for layers with up to 96 inputs" in capsys.readouterr().err
+    model, config = load(source).model, runs_quantize.QuantizeConfig()
+    enough = [Tokens([1] * 192, [False] * 192, 0)]
+    assert runs_quantize.few_tokens(model, enough, config) == ""
+    one_less = [Tokens([1] * 100, [False] * 100, 0), Tokens([1] * 91, [False] * 91, 1)]
+    assert runs_quantize.few_tokens(model, one_less, config).startswith("warning: 191 tokens")
+    assert runs_quantize.few_tokens(model, one_less, runs_quantize.QuantizeConfig(method="search")) == ""
+    assert runs_quantize.few_tokens(model, None, config) == ""
+
+
 def test_it_goes_on_where_it_stopped(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
