@@ -11,7 +11,8 @@ of the table:
 * QLoRA (LoRA on NF4 with double quantization), merged, then GPTQ,
 * QA-LoRA on the dense base quantized with GPTQ first, folded: r = 16, all offsets, all offsets and scales,
 * the first row's file with all offsets trained on the same rows once more, folded; and beside it, as that is twice the
-  training, the first row with two epochs.
+  training, the first row with two epochs,
+* LoRA and all offsets by Muon instead of AdamW.
 
 All files are MLX folders with an 8-bit embedding, in groups of 32; those of 4 bits in groups of 64, because the default
 base's weights come from 4 bits in groups of 32 and would be kept by these unchanged. GPTQ is calibrated on the same
@@ -36,7 +37,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -74,6 +75,7 @@ class Method:
         after: how the merged model is quantized (dense and nf4 only).
         then: what is trained on that file, and at which rate; None where nothing is.
         epochs: over the rows.
+        optim: AdamW or Muon.
     """
 
     base: str
@@ -82,6 +84,7 @@ class Method:
     after: str | None = None
     then: tuple[AdapterSpec, float] | None = None
     epochs: int = 1
+    optim: Literal["adamw", "muon"] = "adamw"
 
 
 METHODS = {
@@ -95,6 +98,8 @@ METHODS = {
         "dense", AdapterSpec("lora", 8), (), "gptq", (AdapterSpec("qa-lora", "full"), 3e-4)
     ),
     "LoRA r=8, two epochs, merged, GPTQ": Method("dense", AdapterSpec("lora", 8), (), "gptq", epochs=2),
+    "LoRA r=8 by Muon, merged, GPTQ": Method("dense", AdapterSpec("lora", 8), (), "gptq", optim="muon"),
+    "QA-LoRA, all offsets by Muon": Method("quantized", AdapterSpec("qa-lora", "full"), (5e-4, 1e-3), optim="muon"),
 }
 
 
@@ -205,9 +210,9 @@ class Table:
     def deployed(self, method: Method, bits: int, rate: float, seed: int) -> tuple[Path, int]:
         """The file of a method, and how many parameters were trained."""
         base, spec = self.base(method.base, bits, seed), method.spec
-        times = "" if method.epochs == 1 else f" {method.epochs}"
-        name = f"run {base.name} {spec.r} {spec.adapt} {rate} {seed}{times}"
-        finished = self.trained(base, name, spec, rate, seed, method.epochs)
+        how = ("" if method.epochs == 1 else f" {method.epochs}") + ("" if method.optim == "adamw" else " muon")
+        name = f"run {base.name} {spec.r} {spec.adapt} {rate} {seed}{how}"
+        finished = self.trained(base, name, spec, rate, seed, num_train_epochs=method.epochs, optim=method.optim)
         to = None if method.after is None else "f16"
         path = self.made(f"folded {finished.path.name}", lambda path: fold_run(finished, path, to, lossy=True))
         if method.after is not None:
@@ -219,13 +224,13 @@ class Table:
         path = self.made(f"folded {last.path.name}", lambda path: fold_run(last, path, lossy=True))
         return path, last.summary["trainable_parameters"]
 
-    def trained(self, base: Path, name: str, spec: AdapterSpec, rate: float, seed: int, epochs: int = 1) -> Run:
+    def trained(self, base: Path, name: str, spec: AdapterSpec, rate: float, seed: int, **options: Any) -> Run:
         """The run of this name, made unless it is there."""
         run = self.folder / _file_name(name)
         if not (run / SUMMARY).exists():
             shutil.rmtree(run, ignore_errors=True)
             data = DataConfig(self.rows, eval_data=self.rows, eval_limit=8, template=TEMPLATES[self.args.task])
-            training = TrainingConfig(learning_rate=rate, num_train_epochs=epochs, sample_rows=0, seed=seed)
+            training = TrainingConfig(learning_rate=rate, sample_rows=0, seed=seed, **options)
             start(RunConfig(str(base), run, data, spec, training), self.display)
         return read_run(run)
 

@@ -17,7 +17,9 @@ class TrainingConfig:
     Attributes:
         per_device_train_batch_size: rows of a forward and backward pass (split further by micro_batch_tokens).
         gradient_accumulation_steps: passes before an optimizer step; the loss is averaged over all their tokens.
-        learning_rate: of AdamW; the default depends on the method.
+        learning_rate: the default depends on the method.
+        optim: `adamw`, or `muon` (arXiv 2502.16982), which moves all directions of a matrix equally far, those of
+            adapters too; embeddings, heads and vectors stay with AdamW. Rates are as for AdamW.
         loraplus_lr_ratio: LoRA+ (arXiv 2402.12354): B learns so many times faster than A.
         num_train_epochs: passes over the data.
         max_steps: optimizer steps, instead of epochs.
@@ -48,6 +50,7 @@ class TrainingConfig:
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
+    optim: Literal["adamw", "muon"] = "adamw"
     loraplus_lr_ratio: float | None = None
     num_train_epochs: float = 1.0
     max_steps: int | None = None
@@ -90,6 +93,8 @@ class TrainingConfig:
             faults.append(f"memory is {self.memory!r}; write a number and a unit, such as 2GB, 1.5GiB or 900MB")
         if not 0 <= self.warmup_ratio < 1:
             faults.append(f"warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)")
+        if self.optim not in ("adamw", "muon"):
+            faults.append(f"optim is {self.optim!r}; adamw and muon are known")
         if self.lr_scheduler_type not in ("linear", "cosine", "constant"):
             faults.append(f"lr_scheduler_type is {self.lr_scheduler_type!r}; linear, cosine and constant are known")
         faults += [

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lorafold.adapters.adapted import parameters_once
 from lorafold.adapters.ranks import MovingRanks
+from lorafold.adapters.targets import trained_matrices
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import even_batches
 from lorafold.data.stream import RowStream, row_batches, sampled
@@ -40,6 +40,7 @@ from lorafold.train.budget import (
     trial_of_packs,
 )
 from lorafold.train.distributed import ALONE, Workers
+from lorafold.train.muon import Muon
 from lorafold.train.schedule import learning_rate_at
 
 
@@ -115,9 +116,10 @@ def plan_as_configured(loaded: LoadedModel, config: TrainingConfig, trial: Calla
 
 
 def make_optimizer(loaded: LoadedModel, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over every parameter that requires a gradient; with LoRA+ (arXiv 2402.12354) B learns faster than A.
+    """What moves every parameter that requires a gradient; with LoRA+ (arXiv 2402.12354) B learns faster than A.
 
-    `lr_scale` of a group is its share of the learning rate.
+    `lr_scale` of a group is its share of the learning rate. With Muon matrices are in groups of their own, but not
+    embeddings and heads, whose rows stand for tokens and classes.
 
     Raises:
         ConfigError: LoRA+ is asked for and nothing that is trained is a B.
@@ -125,13 +127,20 @@ def make_optimizer(loaded: LoadedModel, config: TrainingConfig) -> torch.optim.O
     assert config.learning_rate is not None
     trained = {name: p for name, p in loaded.model.named_parameters() if p.requires_grad}
     ratio = config.loraplus_lr_ratio
-    faster = [p for name, p in trained.items() if ratio and name.rpartition(".")[2].endswith("_B")]
-    if ratio and not faster:
+    if ratio and not any(_is_b(name) for name in trained):
         raise ConfigError("loraplus_lr_ratio is for adapters with a B, and this one has none; leave it out")
-    chosen = {id(p) for p in faster}
-    groups: list[dict[str, Any]] = [{"params": [p for p in trained.values() if id(p) not in chosen], "lr_scale": 1.0}]
-    groups += [{"params": faster, "lr_scale": ratio}] if faster else []
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    matrices = trained_matrices(loaded.model) if config.optim == "muon" else set()
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in trained.items():
+        groups.setdefault((ratio if ratio and _is_b(name) else 1.0, name in matrices), []).append(p)
+    listed = [{"params": p, "lr_scale": scale, "matrices": whole} for (scale, whole), p in groups.items()]
+    if config.optim == "muon":
+        return Muon(listed, config.learning_rate, config.weight_decay)
+    return torch.optim.AdamW(listed, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def _is_b(name: str) -> bool:
+    return name.rpartition(".")[2].endswith("_B")
 
 
 def train_steps(

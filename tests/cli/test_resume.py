@@ -151,8 +151,9 @@ def test_what_changes_no_result_may_change(killed: dict[str, Path], arguments: l
         ("--method", "lora", "--r", 4, "--init-lora-weights", "pissa_niter_4"),
         ("--method", "vera", "--r", 8),
         ("--method", "lora", "--r", 4, "--target-r", 2, "--tinit", 1, "--tfinal", 0),
+        ("--r", "full", "--optim", "muon"),
     ],
-    ids=["pissa and dora", "fast pissa", "vera", "ranks that move"],
+    ids=["pissa and dora", "fast pissa", "vera", "ranks that move", "muon"],
 )
 def test_every_start_is_found_again(arguments: list[object], tmp_path: Path, options: tuple[object, ...]) -> None:
     """What an adapter began with, and subtracts from the base, is in no checkpoint: it is made again."""
