@@ -37,14 +37,6 @@ def adaptable(model: nn.Module, method: str = "lora") -> dict[str, nn.Module]:
     return {name: m for name, m in found.items() if not name.startswith(tuple(attention))}
 
 
-def trained_matrices(model: nn.Module) -> set[str]:
-    """Names of trained parameters that are matrices of layers, or of their adapters, but of embeddings and heads."""
-    tables = (name for name, m in plain_modules(model).items() if isinstance(m, nn.Embedding | QuantEmbedding))
-    apart = [f".{name}." for name in (*tables, *HEADS)]
-    matrices = (name for name, p in model.named_parameters() if p.requires_grad and p.dim() == 2)
-    return {name for name in matrices if not any(part in f".{name}" for part in apart)}
-
-
 def is_linear(name: str, layer: nn.Module) -> bool:
     """Whether `all-linear` means a layer."""
     return isinstance(layer, _LINEAR) and name.rpartition(".")[2] not in HEADS

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lorafold.adapters.adapted import parameter_names, plain_modules
-from lorafold.adapters.targets import own_parameters
+from lorafold.adapters.parameters import ParameterLoRA
+from lorafold.adapters.targets import HEADS, own_parameters
 from lorafold.adapters.tied import pair_to_share, with_embedding
 from lorafold.config import METHODS, AdapterSpec
 from lorafold.errors import AdapterError, bullet_list, nearest
@@ -96,6 +97,19 @@ def head(model: nn.Module) -> list[str]:
     if not isinstance(base, str) or not found:
         raise AdapterError("this model has no head that could be told from its base; name parts in modules_to_save")
     return found
+
+
+def trained_matrices(model: nn.Module) -> set[str]:
+    """Names of trained parameters that are one matrix of a layer, or of its adapter.
+
+    Not those of embeddings and heads, whose rows stand for tokens and classes, nor those of several experts.
+    """
+    modules, base = plain_modules(model), getattr(model, "base_model_prefix", None)
+    apart = [name for name, m in modules.items() if isinstance(m, nn.Embedding | QuantEmbedding)]
+    apart += [name for name, _ in model.named_children() if isinstance(base, str) and base in modules and name != base]
+    apart += [name for name, m in model.named_modules() if isinstance(m, ParameterLoRA) and m.experts > 1]
+    names = {name for name, p in model.named_parameters() if p.requires_grad and p.dim() == 2}
+    return {n for n in names if not n.startswith(tuple(f"{x}." for x in apart)) and not {*n.split(".")} & {*HEADS}}
 
 
 def _tied(model: nn.Module) -> bool:

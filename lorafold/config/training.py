@@ -18,14 +18,14 @@ class TrainingConfig:
         per_device_train_batch_size: rows of a forward and backward pass (split further by micro_batch_tokens).
         gradient_accumulation_steps: passes before an optimizer step; the loss is averaged over all their tokens.
         learning_rate: the default depends on the method.
-        optim: `adamw`, or `muon` (arXiv 2502.16982), which moves all directions of a matrix equally far, those of
-            adapters too; embeddings, heads and vectors stay with AdamW. Rates are as for AdamW.
+        optim: `adamw`, or `muon` (arXiv 2502.16982), which moves all directions of a matrix equally far, of a layer or
+            its adapter; embeddings, heads, vectors and experts stay with AdamW. Rates are about AdamW's.
         loraplus_lr_ratio: LoRA+ (arXiv 2402.12354): B learns so many times faster than A.
         num_train_epochs: passes over the data.
         max_steps: optimizer steps, instead of epochs.
         warmup_ratio: share of the steps in which the learning rate rises from 0.
         lr_scheduler_type: `linear` or `cosine` decay to 0, or `constant`.
-        weight_decay: AdamW's decoupled decay.
+        weight_decay: decoupled decay (arXiv 1711.05101).
         max_grad_norm: gradients are scaled down to this norm; 0 turns that off.
         eval_steps: evaluate every N steps as well as before and after.
         save_steps: write a checkpoint every N steps, from which `--resume` goes on.

@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lorafold.adapters.adapted import parameters_once
 from lorafold.adapters.ranks import MovingRanks
-from lorafold.adapters.targets import trained_matrices
+from lorafold.adapters.whole import trained_matrices
 from lorafold.config import TrainingConfig
 from lorafold.data.packs import even_batches
 from lorafold.data.stream import RowStream, row_batches, sampled
@@ -118,11 +118,10 @@ def plan_as_configured(loaded: LoadedModel, config: TrainingConfig, trial: Calla
 def make_optimizer(loaded: LoadedModel, config: TrainingConfig) -> torch.optim.Optimizer:
     """What moves every parameter that requires a gradient; with LoRA+ (arXiv 2402.12354) B learns faster than A.
 
-    `lr_scale` of a group is its share of the learning rate. With Muon matrices are in groups of their own, but not
-    embeddings and heads, whose rows stand for tokens and classes.
+    `lr_scale` of a group is its share of the learning rate; `matrices` says whether Muon moves it.
 
     Raises:
-        ConfigError: LoRA+ is asked for and nothing that is trained is a B.
+        ConfigError: LoRA+ is asked for and nothing that is trained is a B; or Muon, and nothing is a matrix for it.
     """
     assert config.learning_rate is not None
     trained = {name: p for name, p in loaded.model.named_parameters() if p.requires_grad}
@@ -130,6 +129,8 @@ def make_optimizer(loaded: LoadedModel, config: TrainingConfig) -> torch.optim.O
     if ratio and not any(_is_b(name) for name in trained):
         raise ConfigError("loraplus_lr_ratio is for adapters with a B, and this one has none; leave it out")
     matrices = trained_matrices(loaded.model) if config.optim == "muon" else set()
+    if config.optim == "muon" and not matrices:
+        raise ConfigError("optim muon moves matrices of layers and adapters, and none is trained here; leave it out")
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, p in trained.items():
         groups.setdefault((ratio if ratio and _is_b(name) else 1.0, name in matrices), []).append(p)

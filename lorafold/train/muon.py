@@ -16,16 +16,18 @@ from torch import Tensor
 _MOMENTUM = 0.9  # AdamW's first, which suits runs of few steps
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
+_SMALLEST = 1e-7  # of a gradient's norm; what is smaller counts as rounding
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
     """U V^T [O, I] float32, nearly, of a matrix U S V^T: singular values between 0.6 and 1.3, but for the smallest.
 
-    Five steps of a Newton-Schulz iteration of fifth order. Zero stays zero.
+    Five steps of a Newton-Schulz iteration of fifth order. Of a matrix whose norm is below 1e-7 less comes out, and of
+    zero nothing.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.t() if tall else matrix).float()
-    x = x / x.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    x = x / x.norm().clamp_min(_SMALLEST)
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         gram = x @ x.t()
@@ -36,8 +38,9 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.AdamW):
     """AdamW, but for groups that say `matrices`.
 
-    An element of these moves by the learning rate in root mean square, as in a first step of AdamW, so that AdamW's
-    rates carry over. Weight decay is decoupled.
+    An element of these moves by the learning rate in root mean square, as in a first step of AdamW. (The paper and
+    torch move it by a fifth of that, as AdamW does in the long run.) A matrix that has no gradient stays. Weight decay
+    is decoupled.
 
     Args:
         groups: of parameters, each with `matrices`: whether they are matrices that are moved as such.
@@ -49,17 +52,20 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; gradients stay."""
-        moved: list[tuple[Tensor, Tensor]] = []
-        for group in self.param_groups:
-            for p in group["params"] if group["matrices"] else ():
-                if p.grad is not None:
-                    self._move(p, p.grad, group["lr"], group["weight_decay"])
-                    moved.append((p, p.grad))
-                    p.grad = None  # nothing of it is left for AdamW
-        result = super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        matrices = [(p, group) for group in self.param_groups if group["matrices"] for p in group["params"]]
+        moved = [(p, p.grad) for p, _ in matrices if p.grad is not None]
+        for p, group in matrices:
+            if p.grad is not None:
+                self._move(p, p.grad, group["lr"], group["weight_decay"])
+                p.grad = None  # nothing of it is left for AdamW
+        super().step()
         for p, grad in moved:
             p.grad = grad
-        return result
+        return loss
 
     def _move(self, p: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
         state = self.state[p]
@@ -68,6 +74,6 @@ class Muon(torch.optim.AdamW):
         state["step"] += 1
         mean: Tensor = state["exp_avg"]
         mean.lerp_(grad.to(mean.dtype), 1 - _MOMENTUM)
-        direction = orthogonalized(grad.lerp(mean.to(grad.dtype), _MOMENTUM))  # Nesterov's
+        direction = orthogonalized(grad.lerp(mean.to(grad.dtype), _MOMENTUM)) * grad.any()  # Nesterov's
         p.mul_(1 - lr * weight_decay)
         p.add_(direction.to(p.dtype), alpha=-lr * math.sqrt(max(p.shape)))

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import XLNetConfig, XLNetForSequenceClassification
 
 from lorafold.adapters.adapt import adapt
+from lorafold.adapters.whole import trained_matrices
 from lorafold.config import AdapterSpec, TrainingConfig
 from lorafold.errors import ConfigError
-from lorafold.models.load import LoadedModel, load
+from lorafold.models.load import load
 from lorafold.train.loop import make_optimizer
 from lorafold.train.muon import Muon, orthogonalized
+from tests.adapters.test_methods import mixtral
 
 
 def _matrix(shape: tuple[int, int], smallest: float) -> Tensor:
@@ -29,12 +32,14 @@ def test_all_directions_become_nearly_equal(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     matrix = _matrix(shape, 0.01)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    for size in (1e-12, 1.0, 1e12):
+    for size in (1e-4, 1.0, 1e12):
         turned = u.T @ orthogonalized((matrix * size).float()).double() @ v.T
         values = turned.diagonal()
         assert values.min() > 0.6
         assert values.max() < 1.3
         assert (turned - values.diag()).abs().max() < 1e-4  # rounding of float32 over five iterations
+    for size in (1e-12, 1e-24, 1e-38):
+        assert orthogonalized((matrix * size).float()).abs().max() < 0.01
     assert orthogonalized(torch.zeros(shape)).abs().max() == 0
 
 
@@ -74,27 +79,78 @@ def test_all_else_moves_as_with_adamw() -> None:
         adamw.step()
         assert matrix.grad is not None
     assert torch.equal(vector, alone)
-    matrix.grad = None
-    stays = matrix.detach().clone()
+
+
+def test_what_has_no_gradient_stays() -> None:
+    """Whether it has none at all or only zeros, as a layer whose ranks are all gone, and however long."""
+    torch.manual_seed(0)
+    matrix = nn.Parameter(torch.randn(4, 5))
+    muon = Muon([{"params": [matrix], "matrices": True}], 0.01, 0.0)
+    matrix.grad = torch.randn(4, 5)
     muon.step()
+    stays = matrix.detach().clone()
+    matrix.grad = None
+    muon.step()
+    assert torch.equal(matrix, stays)
+    for _ in range(1200):  # the mean of the gradients underflows
+        matrix.grad = torch.zeros(4, 5)
+        muon.step()
     assert torch.equal(matrix, stays)
 
 
-def _moved_whole(loaded: LoadedModel, **options: object) -> set[str]:
-    optimizer = make_optimizer(loaded, TrainingConfig(learning_rate=1e-3, optim="muon", **options))  # type: ignore[arg-type]
-    ids = {id(p) for group in optimizer.param_groups if group["matrices"] for p in group["params"]}
-    return {name for name, p in loaded.model.named_parameters() if id(p) in ids}
+def test_a_closure_gives_the_gradients() -> None:
+    torch.manual_seed(0)
+    matrix = nn.Parameter(torch.randn(4, 5))
+    muon = Muon([{"params": [matrix], "matrices": True}], 0.01, 0.0)
+    before = matrix.detach().clone()
+
+    def closure() -> Tensor:
+        loss = matrix.square().sum()
+        loss.backward()
+        return loss
+
+    assert muon.step(closure) == before.square().sum()
+    assert set(muon.state[matrix]) == {"step", "exp_avg"}
+    assert (matrix.detach() - before).square().mean().sqrt() == pytest.approx(0.01, rel=0.3)
 
 
 def test_embeddings_heads_and_vectors_are_not_moved_so(tiny_file: Callable[..., Path]) -> None:
-    """Their rows stand for tokens, of which a step sees few."""
+    """Rows of tables stand for tokens, of which a step sees few."""
     loaded = load(tiny_file("llama", "Q4_1"))
-    targets = ("q_proj", "embed_tokens", "lm_head")
-    adapt(loaded.model, AdapterSpec("lora", 4, target_modules=targets, use_dora=False))
-    names = _moved_whole(loaded)
-    assert names
-    assert all("q_proj" in name for name in names)
-    assert any("embed_tokens" in name for name, p in loaded.model.named_parameters() if p.requires_grad)
+    adapt(loaded.model, AdapterSpec("lora", 4, target_modules=("q_proj", "embed_tokens", "lm_head")))
+    trained = {name for name, p in loaded.model.named_parameters() if p.requires_grad}
+    moved = trained_matrices(loaded.model)
+    assert {name for name in trained if "q_proj" in name} == moved
+    assert len(moved) == 2 * loaded.model.config.num_hidden_layers
+    assert all(any(part in name for name in trained) for part in ("embed_tokens", "lm_head"))
+    plain = load(tiny_file("llama", "Q4_1"))
+    adapt(plain.model, AdapterSpec("lora", 4, target_modules=("q_proj",), use_dora=True))
+    trained = {name for name, p in plain.model.named_parameters() if p.requires_grad}
+    vectors = {name for name in trained if name.endswith("magnitude_vector")}
+    assert trained - vectors == trained_matrices(plain.model)
+    assert vectors
+
+
+def test_heads_by_other_names_and_experts() -> None:
+    """XLNet's head is called logits_proj, and what comes before it is new as well; experts stand in one parameter."""
+    options = {"vocab_size": 40, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}
+    xlnet = XLNetForSequenceClassification(XLNetConfig(**options))
+    moved = trained_matrices(xlnet)
+    assert moved
+    assert all(name.startswith("transformer.layer.") for name in moved)
+    experts = mixtral()
+    adapt(experts, AdapterSpec("lora", 2, target_modules=("q_proj",), target_parameters=("gate_up_proj",)))
+    moved = trained_matrices(experts)
+    assert any("experts" in name for name, p in experts.named_parameters() if p.requires_grad)
+    assert moved
+    assert all("q_proj" in name for name in moved)
+
+
+def test_nothing_to_be_moved_so_is_refused(tiny_file: Callable[..., Path]) -> None:
+    loaded = load(tiny_file("llama", "Q4_1"))
+    adapt(loaded.model, AdapterSpec("vera", 4))
+    with pytest.raises(ConfigError, match="none is trained here"):
+        make_optimizer(loaded, TrainingConfig(learning_rate=1e-3, optim="muon"))
 
 
 def test_b_may_be_faster(tiny_file: Callable[..., Path]) -> None:
