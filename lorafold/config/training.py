@@ -18,8 +18,6 @@ class TrainingConfig:
         per_device_train_batch_size: rows of a forward and backward pass (split further by micro_batch_tokens).
         gradient_accumulation_steps: passes before an optimizer step; the loss is averaged over all their tokens.
         learning_rate: the default depends on the method.
-        optim: `adamw`, or `muon` (arXiv 2502.16982), which moves all directions of a matrix equally far, of a layer or
-            its adapter; embeddings, heads, vectors and experts stay with AdamW. Rates are about AdamW's.
         loraplus_lr_ratio: LoRA+ (arXiv 2402.12354): B learns so many times faster than A.
         num_train_epochs: passes over the data.
         max_steps: optimizer steps, instead of epochs.
@@ -45,12 +43,13 @@ class TrainingConfig:
         seed: of initialization, order and dropout.
         sample_rows: held-out rows whose completions are generated before and after training.
         sample_tokens: longest generated sample, in tokens.
+        optim: `adamw`, or `muon` (arXiv 2502.16982), which moves all directions of a matrix equally far, of a layer or
+            its adapter; embeddings, heads, vectors and experts stay with AdamW. Rates are about AdamW's.
     """
 
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
-    optim: Literal["adamw", "muon"] = "adamw"
     loraplus_lr_ratio: float | None = None
     num_train_epochs: float = 1.0
     max_steps: int | None = None
@@ -71,6 +70,7 @@ class TrainingConfig:
     seed: int = 42
     sample_rows: int = 3
     sample_tokens: int = 128
+    optim: Literal["adamw", "muon"] = "adamw"
 
     def __post_init__(self) -> None:
         faults = not_positive(
