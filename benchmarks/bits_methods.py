@@ -98,8 +98,12 @@ METHODS = {
         "dense", AdapterSpec("lora", 8), (), "gptq", (AdapterSpec("qa-lora", "full"), 3e-4)
     ),
     "LoRA r=8, two epochs, merged, GPTQ": Method("dense", AdapterSpec("lora", 8), (), "gptq", epochs=2),
-    "LoRA r=8 by Muon, merged, GPTQ": Method("dense", AdapterSpec("lora", 8), (), "gptq", optim="muon"),
-    "QA-LoRA, all offsets by Muon": Method("quantized", AdapterSpec("qa-lora", "full"), (5e-4, 1e-3), optim="muon"),
+    "LoRA r=8 by Muon, merged, GPTQ": Method("dense", AdapterSpec("lora", 8), (2e-3,), "gptq", optim="muon"),
+    "QA-LoRA, all offsets by Muon": Method("quantized", AdapterSpec("qa-lora", "full"), (5e-4, 2.5e-4), optim="muon"),
+    "QA-LoRA, all offsets and scales by Muon": Method(
+        "quantized", AdapterSpec("qa-lora", "full", adapt="both"), (5e-4, 2.5e-4), optim="muon"
+    ),
+    "QA-LoRA r=16 by Muon": Method("quantized", AdapterSpec("qa-lora", 16), (2e-3,), optim="muon"),
 }
 
 

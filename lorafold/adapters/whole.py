@@ -92,11 +92,17 @@ def head(model: nn.Module) -> list[str]:
     Raises:
         AdapterError: there are none.
     """
-    base = getattr(model, "base_model_prefix", None)
-    found = [n for n, m in model.named_children() if n != base and any(True for _ in (*m.parameters(), *m.buffers()))]
-    if not isinstance(base, str) or not found:
+    found = _beside_base(model)
+    if not found:
         raise AdapterError("this model has no head that could be told from its base; name parts in modules_to_save")
     return found
+
+
+def _beside_base(model: nn.Module) -> list[str]:
+    """Names of what stands beside a base model and has parameters; none where there is no base model."""
+    children, base = dict(model.named_children()), getattr(model, "base_model_prefix", None)
+    held = [n for n, m in children.items() if n != base and any(True for _ in (*m.parameters(), *m.buffers()))]
+    return held if base in children else []
 
 
 def trained_matrices(model: nn.Module) -> set[str]:
@@ -104,9 +110,8 @@ def trained_matrices(model: nn.Module) -> set[str]:
 
     Not those of embeddings and heads, whose rows stand for tokens and classes, nor those of several experts.
     """
-    modules, base = plain_modules(model), getattr(model, "base_model_prefix", None)
-    apart = [name for name, m in modules.items() if isinstance(m, nn.Embedding | QuantEmbedding)]
-    apart += [name for name, _ in model.named_children() if isinstance(base, str) and base in modules and name != base]
+    tables = [name for name, m in plain_modules(model).items() if isinstance(m, nn.Embedding | QuantEmbedding)]
+    apart = tables + _beside_base(model)
     apart += [name for name, m in model.named_modules() if isinstance(m, ParameterLoRA) and m.experts > 1]
     names = {name for name, p in model.named_parameters() if p.requires_grad and p.dim() == 2}
     return {n for n in names if not n.startswith(tuple(f"{x}." for x in apart)) and not {*n.split(".")} & {*HEADS}}

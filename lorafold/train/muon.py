@@ -1,13 +1,13 @@
 """Muon: a matrix moves by what is nearest to orthogonal in its mean gradient, all else as AdamW moves it.
 
 Sources: Keller Jordan and others, https://kellerjordan.github.io/posts/muon/ (2024); arXiv 2502.16982. AdamW divides
-each number's gradient by its own size; here all directions of a matrix are made equally large.
+each number's gradient by its own size; here all directions of a matrix are made equally large. torch's own Muon takes
+matrices alone, and computes in bfloat16, which many processors emulate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ class Muon(torch.optim.AdamW):
     """AdamW, but for groups that say `matrices`.
 
     An element of these moves by the learning rate in root mean square, as in a first step of AdamW. (The paper and
-    torch move it by a fifth of that, as AdamW does in the long run.) A matrix that has no gradient stays. Weight decay
-    is decoupled.
+    torch move it by a fifth of that, as AdamW does in the long run.) Weight decay is decoupled. A matrix without a
+    gradient stays.
 
     Args:
         groups: of parameters, each with `matrices`: whether they are matrices that are moved as such.
@@ -50,22 +50,15 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self) -> None:  # type: ignore[override]
         """One step; gradients stay."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        matrices = [(p, group) for group in self.param_groups if group["matrices"] for p in group["params"]]
-        moved = [(p, p.grad) for p, _ in matrices if p.grad is not None]
-        for p, group in matrices:
-            if p.grad is not None:
-                self._move(p, p.grad, group["lr"], group["weight_decay"])
-                p.grad = None  # nothing of it is left for AdamW
+        moved = [(p, p.grad, g) for g in self.param_groups if g["matrices"] for p in g["params"] if p.grad is not None]
+        for p, grad, group in moved:
+            self._move(p, grad, group["lr"], group["weight_decay"])
+            p.grad = None  # nothing of it is left for AdamW
         super().step()
-        for p, grad in moved:
+        for p, grad, _ in moved:
             p.grad = grad
-        return loss
 
     def _move(self, p: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
         state = self.state[p]

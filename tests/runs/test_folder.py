@@ -25,6 +25,9 @@ from lorafold.runs.folder import RunFolder, read_run
 from lorafold.runs.gain import Gain
 from lorafold.runs.report import Report, Table, write_report
 
+TRAINING = TrainingConfig(
+    2, 3, 0.5, 16.0, 1.5, 9, 0.1, "cosine", 0.2, 0.3, 4, 5, 6, True, 99, "2GB", 30, True, "float32", "cpu", 8, 1, 2
+)
 CONFIG = RunConfig(
     "model.gguf",
     Path("out"),
@@ -37,32 +40,7 @@ CONFIG = RunConfig(
         modules_to_save=("head",),
         ensure_weight_tying=True,
     ),
-    TrainingConfig(
-        2,
-        3,
-        0.5,
-        16.0,
-        1.5,
-        9,
-        0.1,
-        "cosine",
-        0.2,
-        0.3,
-        4,
-        5,
-        6,
-        True,
-        99,
-        "2GB",
-        30,
-        True,
-        "float32",
-        "cpu",
-        8,
-        1,
-        2,
-        "muon",
-    ),
+    replace(TRAINING, optim="muon"),
     TaskConfig("classification", "{title}", "stars", label_names=("good", "bad")),
     Path("/adapters/start"),
 )

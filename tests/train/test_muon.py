@@ -98,22 +98,6 @@ def test_what_has_no_gradient_stays() -> None:
     assert torch.equal(matrix, stays)
 
 
-def test_a_closure_gives_the_gradients() -> None:
-    torch.manual_seed(0)
-    matrix = nn.Parameter(torch.randn(4, 5))
-    muon = Muon([{"params": [matrix], "matrices": True}], 0.01, 0.0)
-    before = matrix.detach().clone()
-
-    def closure() -> Tensor:
-        loss = matrix.square().sum()
-        loss.backward()
-        return loss
-
-    assert muon.step(closure) == before.square().sum()
-    assert set(muon.state[matrix]) == {"step", "exp_avg"}
-    assert (matrix.detach() - before).square().mean().sqrt() == pytest.approx(0.01, rel=0.3)
-
-
 def test_embeddings_heads_and_vectors_are_not_moved_so(tiny_file: Callable[..., Path]) -> None:
     """Rows of tables stand for tokens, of which a step sees few."""
     loaded = load(tiny_file("llama", "Q4_1"))
