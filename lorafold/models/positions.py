@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sized
 
+import torch
 from torch import nn
 
 from lorafold.errors import ConfigError
@@ -43,6 +44,12 @@ def table_of_positions(loaded: LoadedModel) -> int | None:
     rows += [len(table) for name, table in model.named_buffers() if name.rpartition(".")[2] in _BUFFERS]
     held = any(count <= number <= count + 2 for number in rows)  # OPT's begins with two rows of its own
     return count if count and held else None
+
+
+def tokens_at_once(loaded: LoadedModel, most: int) -> int:
+    """`most`, or what the model has room for at once if that is less: GPT-Neo holds a square of what sees what."""
+    squares = (b.shape for n, b in loaded.model.named_buffers() if n.endswith(".bias") and b.dtype == torch.bool)
+    return min([most, *(shape[-1] for shape in squares)])
 
 
 def check_positions(loaded: LoadedModel, rows: Iterable[Sized]) -> None:

@@ -30,6 +30,7 @@ from lorafold.errors import ConfigError, TrainingError
 from lorafold.evals.loss import head_once, pack_loss, packed
 from lorafold.models.heap import free_at_once, keep_freed_memory
 from lorafold.models.load import LoadedModel
+from lorafold.models.positions import tokens_at_once
 from lorafold.train.budget import (
     Plan,
     Trial,
@@ -109,9 +110,10 @@ def plan_as_configured(loaded: LoadedModel, config: TrainingConfig, trial: Calla
     if config.gradient_checkpointing:
         check_checkpointing(loaded)
     if config.memory_bytes is None:
-        return Plan(config.micro_batch_tokens or usual_tokens(loaded), config.gradient_checkpointing)
+        most = tokens_at_once(loaded, config.micro_batch_tokens or usual_tokens(loaded))
+        return Plan(most, config.gradient_checkpointing)
     tried = trial()
-    most = config.micro_batch_tokens or tried.most
+    most = tokens_at_once(loaded, config.micro_batch_tokens or tried.most)
     return plan_within(config.memory_bytes, loaded, tried, most, config.gradient_checkpointing)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
 from lorafold.adapters.inject import inject
-from lorafold.config import AdapterSpec
+from lorafold.config import AdapterSpec, TrainingConfig
 from lorafold.data.tokens import Tokens
 from lorafold.errors import ConfigError, DataError
 from lorafold.evals.generate import generate
@@ -19,6 +19,7 @@ from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.load import LoadedModel, load
 from lorafold.models.positions import check_positions, table_of_positions
 from lorafold.models.tokenizer import load_tokenizer
+from lorafold.train.loop import plan_step, train_steps
 from tests.practice import command, row_losses, tiny_folder, write_data
 from tests.tiny import VOCABULARY, tiny_gguf
 
@@ -65,6 +66,26 @@ def test_a_row_may_fill_the_table(folder: Path, loaded: LoadedModel) -> None:
     losses = row_losses(AutoModelForCausalLM.from_pretrained(folder), rows)
     count = sum(sum(row.supervised) for row in rows)
     assert evaluate(loaded, rows) == pytest.approx(float(losses.detach()) / count, rel=1e-5)
+
+
+def test_packs_stay_within_a_square_of_what_sees_what(tmp_path: Path) -> None:
+    """GPT-Neo's: a longer pack would have no mask."""
+    path, side = tmp_path / "gpt_neo", 2048
+    config = AutoConfig.for_model(
+        "gpt_neo", vocab_size=VOCABULARY, max_position_embeddings=side, hidden_size=32, num_layers=2, num_heads=2,
+        attention_types=[[["global", "local"], 1]], window_size=16, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    load_tokenizer(GGUFFile(tiny_gguf(tmp_path / "gguf", "llama"))).save_pretrained(path)
+    loaded = load(path)
+    ids = torch.randint(3, VOCABULARY, (900,)).tolist()
+    rows = [Tokens(ids, [False] + [True] * 899, row) for row in range(3)]
+    expected = float(row_losses(AutoModelForCausalLM.from_pretrained(path), rows).detach()) / (3 * 899)
+    inject(loaded.model, AdapterSpec("lora", 2))
+    for more in ({"memory": "10GB"}, {"micro_batch_tokens": 4096}):
+        training = TrainingConfig(3, learning_rate=1e-3, max_steps=1, shared_prefix_tokens=0, **more)
+        assert plan_step(loaded, rows, training).micro_batch_tokens == side
+        assert next(train_steps(loaded, rows, training)).loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_longer_rows_are_refused(loaded: LoadedModel) -> None:
