@@ -101,10 +101,9 @@ def test_swiglu(dtype: torch.dtype, device: str) -> None:
 
 
 @devices
-@pytest.mark.parametrize("types", ["Q4_1", "Q4_K"])
-@pytest.mark.parametrize("method", ["lora", "qa-lora"])
+@pytest.mark.parametrize(("method", "types"), [("lora", "Q4_K"), ("qa-lora", "Q4_1")])
 def test_a_step_on_these_kernels_is_a_step_on_torch(
-    tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, types: str, method: str, device: str
+    tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, method: str, types: str, device: str
 ) -> None:
     """Loss and gradients of a pack, float32: decoding, norms, gated activation and cross-entropy through Triton."""
 
