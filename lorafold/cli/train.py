@@ -44,6 +44,8 @@ def train(
     from lorafold.errors import ConfigError
     from lorafold.evals.figures import SHOWN, written
     from lorafold.models.classifier import is_quantized
+    from lorafold.models.load import resolve
+    from lorafold.models.mlx_folder import is_mlx
     from lorafold.runs.display import Display, output
     from lorafold.runs.fine_tune import fine_tune
     from lorafold.runs.from_adapter import adopted
@@ -69,9 +71,8 @@ def train(
     )
     if not task.continues and is_quantized(run.config.model):
         output(f"next: lorafold eval {model} --adapter {run.path} --task {task.task} --data MORE_ROWS")
-    elif run.config.adapter.method == "qa-lora":
-        output(f"next: lorafold fold {run.path} -o tuned.gguf")
-    elif METHODS[run.config.adapter.method].whole or not task.continues:
-        output(f"next: lorafold fold {run.path} -o tuned")
+    elif METHODS[run.config.adapter.method].whole or run.config.adapter.method == "qa-lora" or not task.continues:
+        output(f"next: lorafold fold {run.path} -o tuned{'' if resolve(run.config.model).is_dir() else '.gguf'}")
     else:
-        output(f"next: lorafold export {run.path} --to peft -o adapter   (or --to gguf-adapter -o adapter.gguf)")
+        other = "mlx-adapter -o adapter" if is_mlx(resolve(run.config.model)) else "gguf-adapter -o adapter.gguf"
+        output(f"next: lorafold export {run.path} --to peft -o adapter   (or --to {other})")

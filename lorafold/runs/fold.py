@@ -20,16 +20,17 @@ from lorafold.adapters.fold import (
     refuse_parameters,
     requantize,
 )
+from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.lora import LoRA
 from lorafold.adapters.targets import linear_layers
 from lorafold.adapters.tied import taken_apart, updated_layers
-from lorafold.errors import FoldError, bullet_list
+from lorafold.errors import FoldError
 from lorafold.files import size_on_disk
 from lorafold.models.adapter_files import load_adapter
 from lorafold.models.bnb_folder import create_bnb
 from lorafold.models.classifier import adapter_labels, adapter_task, load_classifier
 from lorafold.models.encoder import load_encoder
-from lorafold.models.gguf_file import DENSE
+from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.gguf_write import file_order, write_gguf
 from lorafold.models.load import HEAD_TENSOR, LoadedModel, binding_of, load
 from lorafold.models.mlx_folder import MLXFolder, write_mlx
@@ -37,10 +38,10 @@ from lorafold.quant.codecs import GGUF_CODECS
 from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import QuantizedWeight, encode, steps_apart
 from lorafold.runs.fold_folder import fold_classifier, fold_folder
-from lorafold.runs.fold_report import DENSE_TYPES, FoldReport, dense_report, refuse_loss, sized
+from lorafold.runs.fold_plain import Entry, gguf_numbers, merged_updates, mlx_numbers, whole_updates
+from lorafold.runs.fold_report import DENSE_TYPES, FoldReport, dense_report, joined, refuse_loss, sized
 from lorafold.runs.folder import Run
 
-Entry = tuple[str, np.ndarray]  # type name and bytes of a tensor of a GGUF file
 TARGETS = (*DENSE_TYPES, *(name.lower() for name in GGUF_CODECS if GGUF_CODECS[name].encodes))
 BNB_TARGETS = {"nf4": "NF4-DQ", "int8": "INT8"}
 
@@ -78,8 +79,12 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
     loaded = load_trained(run)
     if path.resolve() == loaded.path.resolve():
         raise FoldError(f"{path} is the base of this run, without which it cannot be used again; choose another output")
-    if loaded.gguf is not None or loaded.mlx is not None or loaded.bnb is not None:
-        refuse_parameters(loaded.model, "only a transformers folder is folded with these; lorafold export keeps them")
+    if loaded.gguf is None and path.suffix == ".gguf":
+        raise FoldError(f"{loaded.path} is a folder, and so is what it is folded into; give {path.with_suffix('')}")
+    if loaded.bnb is not None:
+        refuse_parameters(loaded.model, "a folder of bitsandbytes is not folded with these; lorafold export keeps them")
+    if adapter_labels(run.adapter) is not None and (loaded.gguf is not None or loaded.mlx is not None):
+        refuse_parameters(loaded.model, "a head that the format has no place for; lorafold export keeps it")
     if labels := adapter_labels(run.adapter):
         return fold_classifier(loaded, labels, path, to, lossy)
     if loaded.mlx is not None:
@@ -88,24 +93,43 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
         return _fold_bnb(loaded, path, to, lossy)
     if loaded.gguf is None:
         return fold_folder(loaded, path, to, lossy)
+    return _fold_gguf(loaded, loaded.gguf, path, to, lossy)
+
+
+def _fold_gguf(loaded: LoadedModel, base: GGUFFile, path: Path, to: str | None, lossy: bool) -> FoldReport:
     if to not in (None, *TARGETS):
         raise FoldError(f"a GGUF file holds no {to}; it takes {', '.join(TARGETS)}")
-    if run.config.adapter.method == "qa-lora" and to in (None, _own_type(loaded)):
-        folds = fold(loaded.model, least_kept=None if lossy else LEAST_KEPT)
-        report = _packed_report("exact", folds, loaded)
-        replaced = _entries(loaded, folds)
-    elif to in DENSE_TYPES:
-        replaced, report = _dense_tensors(loaded, to, lossy)
+    layers = [layer for _, layer in updated_layers(loaded.model)]
+    if not layers and to not in (None, *DENSE_TYPES):
+        raise FoldError(
+            f"what was trained whole is written in {', '.join(DENSE_TYPES)}; leave --to out, then lorafold quantize"
+        )
+    plain = to in DENSE_TYPES or not any(isinstance(layer.base, QuantLinear | QuantEmbedding) for layer in layers)
+    replaced, kept = gguf_numbers(loaded, whole_updates(loaded), to if plain else None)
+    if plain and to in (None, *DENSE_TYPES):
+        merged, more = gguf_numbers(loaded, merged_updates(loaded), to)
+        report = dense_report(kept + more, size_on_disk(loaded.path))
+        replaced |= merged
     else:
-        if to is None and not lossy:
-            fold(loaded.model)  # says that LoRA has no exact place, and what there is instead
-        folds = requantize(loaded.model, to.upper() if to else None)
-        report = _packed_report("lossy", folds, loaded)
-        refuse_loss(report, lossy)
-        replaced = _entries(loaded, folds)
+        report, folds = _quantized(loaded, to, lossy)
+        report = joined(report, kept)
+        replaced |= _entries(loaded, folds)
+    refuse_loss(report, lossy)
     added = _head_apart(loaded, replaced)
-    write_gguf(loaded.gguf, {name: entry for name, entry in replaced.items() if name not in added}, path, added)
+    write_gguf(base, {name: entry for name, entry in replaced.items() if name not in added}, path, added)
     return sized(report, path)
+
+
+def _quantized(loaded: LoadedModel, to: str | None, lossy: bool) -> tuple[FoldReport, list[LayerFold]]:
+    """Adapted matrices in quantized types: folded exactly where that is possible, or quantized again."""
+    exact = all(isinstance(layer.adapter, GroupAdapter) for _, layer in adapted_layers(loaded.model))
+    if exact and to in (None, _own_type(loaded)):
+        folds = fold(loaded.model, least_kept=None if lossy else LEAST_KEPT)
+        return _packed_report("exact", folds, loaded), folds
+    if to is None and not lossy:
+        fold(loaded.model)  # says that LoRA has no exact place, and what there is instead
+    folds = requantize(loaded.model, to.upper() if to else None)
+    return _packed_report("lossy", folds, loaded), folds
 
 
 def _head_apart(loaded: LoadedModel, replaced: dict[str, Entry]) -> dict[str, tuple[str, np.ndarray, tuple[int, ...]]]:
@@ -152,57 +176,30 @@ def _fold_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path, to: str | None
     if lossy and any(isinstance(layer.adapter, LoRA) for _, layer in adapted_layers(loaded.model)):
         return _requantize_mlx(loaded, folder, path)
     folds = fold(loaded.model, least_kept=None if lossy else LEAST_KEPT)
-    write_mlx(folder, {f.name: f.weight for f in folds}, {}, path, taken_apart(loaded.model))
-    return sized(_packed_report("exact", folds, loaded), path)
+    plain, kept = mlx_numbers(loaded, whole_updates(loaded))
+    size = size_on_disk(loaded.path)
+    report = joined(_packed_report("exact", folds, loaded), kept) if folds else dense_report(kept, size)
+    refuse_loss(report, lossy, "")
+    write_mlx(folder, {f.name: f.weight for f in folds}, plain, path, taken_apart(loaded.model))
+    return sized(report, path)
 
 
 @torch.no_grad()
 def _requantize_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path) -> FoldReport:
     """Merge LoRA in float32 and quantize again as mx.quantize does; layers that are not quantized stay so."""
     packed: dict[str, QuantizedWeight] = {}
-    plain: dict[str, torch.Tensor] = {}
-    kept: list[float] = []
     steps: list[float] = []
-    apart = taken_apart(loaded.model)
+    plain, kept = mlx_numbers(loaded, [*whole_updates(loaded), *merged_updates(loaded, packed=False)])
     for name, layer in updated_layers(loaded.model):
+        if not isinstance(layer.base, QuantLinear | QuantEmbedding):
+            continue
         before, wanted = base_weight(layer.base), merged_weight(layer)
-        if isinstance(layer.base, QuantLinear | QuantEmbedding):
-            packed[name] = _encoded(name, wanted, layer.base.codec)
-            steps.append(steps_apart(wanted, packed[name]))
-        else:
-            like = apart[0] if apart is not None and name == apart[1] else name
-            dtype = folder.stored_dtype(f"{like}.weight")
-            plain[f"{name}.weight"] = wanted.to(dtype)
-            if not torch.isfinite(plain[f"{name}.weight"]).all():
-                raise FoldError(f"{name}: a merged weight is beyond {dtype}")
-        stored = packed[name].decode() if name in packed else plain[f"{name}.weight"].float()
-        kept.append(kept_fraction(stored - before, wanted - before))
-    write_mlx(folder, packed, plain, path, apart)
+        packed[name] = _encoded(name, wanted, layer.base.codec)
+        steps.append(steps_apart(wanted, packed[name]))
+        kept.append(kept_fraction(packed[name].decode() - before, wanted - before))
+    write_mlx(folder, packed, plain, path, taken_apart(loaded.model))
     report = dense_report(kept, size_on_disk(loaded.path))
     return sized(replace(report, error_steps=max(steps, default=float("nan"))), path)
-
-
-@torch.no_grad()
-def _dense_tensors(loaded: LoadedModel, to: str, lossy: bool) -> tuple[dict[str, Entry], FoldReport]:
-    """The adapted matrices as plain numbers, in file order."""
-    replaced, kept, faults = {}, [], []
-    for path, layer in updated_layers(loaded.model):
-        weight = merged_weight(layer)
-        stored = weight.to(DENSE_TYPES[to])
-        if not torch.isfinite(stored).all():
-            faults.append(f"{path}: a weight is beyond {to}")
-            continue
-        before = base_weight(layer.base)
-        kept.append(kept_fraction(stored.float() - before, weight - before))
-        tensor, order = binding_of(loaded, path).tensor, binding_of(loaded, path).row_order
-        data = (stored if order is None else stored[order.argsort()]).contiguous().view(torch.uint8)
-        replaced[tensor] = (to.upper(), data.numpy())
-        assert to.upper() in DENSE
-    if faults:
-        raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults))
-    report = dense_report(kept, size_on_disk(loaded.path))
-    refuse_loss(report, lossy)
-    return replaced, report
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ class FoldReport:
 
     Attributes:
         kind: `exact` (the trained weights themselves), `near` (rounded, 99 % kept) or `lossy`.
-        layers: matrices written.
+        layers: matrices written, and vectors that were trained.
         kept: smallest share of a layer's update that survived.
         mean_kept: the same over all layers, weighted alike.
         error_steps: largest rounding error, in quantization steps (nan for dense types).
@@ -54,8 +54,11 @@ def sized(report: FoldReport, path: Path) -> FoldReport:
     return FoldReport(**{**report.__dict__, "size_after": size_on_disk(path)})
 
 
-def refuse_loss(report: FoldReport, lossy: bool) -> None:
+def refuse_loss(report: FoldReport, lossy: bool, otherwise: str = ", or choose --to f16") -> None:
     """Refuse a fold that loses some of the update, unless that was asked for.
+
+    Args:
+        otherwise: another way out, as the end of the message.
 
     Raises:
         FoldError: it does.
@@ -63,7 +66,7 @@ def refuse_loss(report: FoldReport, lossy: bool) -> None:
     if report.kind == "lossy" and not lossy:
         raise FoldError(
             f"this fold would keep {report.mean_kept:.1%} of the update on average ({report.kept:.1%} in the worst "
-            "layer); pass --lossy to write it all the same, or choose --to f16"
+            f"layer); pass --lossy to write it all the same{otherwise}"
         )
 
 
@@ -71,3 +74,19 @@ def dense_report(kept: list[float], size: int) -> FoldReport:
     """The report of weights that are written as plain numbers: what is left of each update, and the base's bytes."""
     kind = "near" if min(kept) >= LEAST_KEPT else "lossy"
     return FoldReport(kind, len(kept), min(kept), sum(kept) / len(kept), float("nan"), size, 0)
+
+
+def joined(report: FoldReport, kept: list[float]) -> FoldReport:
+    """The report of adapted layers, and what is left of parameters that were trained whole beside them."""
+    if not kept:
+        return report
+    whole = dense_report(kept, report.size_before)
+    kinds = ("exact", "near", "lossy")
+    count = report.layers + whole.layers
+    return replace(
+        report,
+        kind=report.kind if whole.kept == 1 else max(report.kind, whole.kind, key=kinds.index),
+        layers=count,
+        kept=min(report.kept, whole.kept),
+        mean_kept=(report.layers * report.mean_kept + whole.layers * whole.mean_kept) / count,
+    )

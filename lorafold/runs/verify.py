@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import steps_apart
 from lorafold.runs.display import Display
 from lorafold.runs.fold import load_trained
+from lorafold.runs.fold_plain import gguf_numbers, mlx_numbers, whole_updates
 from lorafold.runs.folder import Run
 
 RUNTIME_TOKENS = 2000  # predictions compared in llama.cpp
@@ -69,12 +70,15 @@ def verify_file(path: Path, run: Run) -> list[Check]:
     if trained.gguf is None:
         return _verify_mlx(path, trained, run.config.adapter.adapt)
     base, file = trained.gguf, GGUFFile(path)
-    folded = {binding_of(trained, f.name).tensor: f for f in fold(trained.model, least_kept=None)}
+    folded = {binding_of(trained, f.name).tensor: f.weight.codec for f in fold(trained.model, least_kept=None)}
+    whole, _ = gguf_numbers(trained, whole_updates(trained), None)
+    folded |= {tensor: kind for tensor, (kind, _) in whole.items()}
     head = [] if taken_apart(trained.model) is None else [_own_head(base, file, HEAD_TENSOR in folded)]
     return [
         *head,
-        _same_layout(base, file, {tensor: f.weight.codec for tensor, f in folded.items()}, bool(head)),
+        _same_layout(base, file, folded, bool(head)),
         _trained_weights(trained, path),
+        *_whole({tensor: data for tensor, (_, data) in whole.items()}, file),
         _zero_adapter(trained),
         _untouched(base, file, set(folded)),
         _metadata(base, file),
@@ -101,6 +105,8 @@ def _verify_mlx(path: Path, trained: LoadedModel, adapt: str) -> list[Check]:
         return checks
     moved = {"offset": ("biases",), "scale": ("scales",), "both": ("biases", "scales")}[adapt]
     folded = {f"{path}.{part}" for path, _ in updated_layers(trained.model) for part in moved} & ours.keys()
+    whole, _ = mlx_numbers(trained, whole_updates(trained))
+    folded |= whole.keys() & ours.keys()
     same = [name for name in ours if name not in folded and _sha(base.raw(name)) == _sha(file.raw(name))]
     changed = len(ours) - len(folded) - len(same)
     others = {p.name for p in base.path.iterdir() if p.is_file() and p.suffix != ".safetensors"}
@@ -111,6 +117,7 @@ def _verify_mlx(path: Path, trained: LoadedModel, adapt: str) -> list[Check]:
     return [
         *checks,
         _trained_weights(trained, path),
+        *_whole({name: value.view(torch.uint8).numpy() for name, value in whole.items()}, file),
         _zero_adapter(trained),
         Check("untouched tensors: same sha256", not changed, f"{len(same)} tensors, {changed} changed"),
         Check("config and tokenizer: same bytes", not differing, ", ".join(differing) or f"{len(others)} files"),
@@ -146,6 +153,15 @@ def _same_layout(base: GGUFFile, file: GGUFFile, codecs: dict[str, str], own_hea
     promoted = sum(codecs.get(name, info.type) != info.type for name, info in base.tensors.items())
     sizes = f"{base.path.stat().st_size:,} bytes before, {file.path.stat().st_size:,} after"
     return Check("same tensors, types and shapes", expected == actual, f"{promoted} promoted; {sizes}")
+
+
+def _whole(trained: Mapping[str, np.ndarray], file: GGUFFile | MLXFolder) -> list[Check]:
+    """Tensors that were trained whole, where there are any."""
+    if not trained:
+        return []
+    there = [name for name in trained if name in file.tensors]
+    wrong = len(trained) - sum(_sha(trained[name]) == _sha(file.raw(name)) for name in there)
+    return [Check("tensors trained whole: same sha256", not wrong, f"{len(trained)} tensors, {wrong} differ")]
 
 
 @torch.no_grad()

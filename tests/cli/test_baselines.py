@@ -71,15 +71,6 @@ def test_a_quantized_base_is_refused_with_the_reason(train: Callable[..., str], 
     assert f"--method {method} needs weights that are not quantized" in message
 
 
-def test_whole_modules_of_a_packed_file_are_not_lost_in_a_fold(
-    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, run = trained("llama", "Q4_1", "--method", "lora", "--modules-to-save", "norm")
-    capsys.readouterr()
-    assert command("fold", run, "-o", tmp_path / "tuned.gguf", "--to", "f16") == 2
-    assert "no layers' weights (model.norm.weight)" in capsys.readouterr().err
-
-
 def test_the_adapter_of_a_whole_method_is_no_part_of_arithmetic(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import quick
-from tests.practice import command
+from tests.practice import command, tiny_folder
+from tests.tiny import tiny_gguf
 
 Output = pytest.CaptureFixture[str]
 Trained = Callable[..., tuple[Path, Path]]
@@ -170,3 +171,46 @@ def test_disk_that_fills_while_training(
     monkeypatch.setattr(os, "fsync", full)
     assert command("train", model, "--data", data, "--output-dir", tmp_path / "run", *quick()) == 2
     assert "the disk is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        ("Q4_1", "qa-lora"),
+        ("Q4_1", "lora"),
+        ("F16", "last-layers"),
+        ("mlx", "qa-lora"),
+        ("mlx", "lora"),
+        ("folder", "last-layers"),
+    ],
+)
+def test_what_is_said_to_come_next_works(
+    base: str, method: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    """As it is printed, with both ways where there are two, and what it makes trains on."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_gguf(tmp_path, "llama", base) if base in ("Q4_1", "F16") else tiny_folder(tmp_path / "source")
+    if base == "mlx":
+        assert command("quantize", model, "-o", "mlx", "--bits", 4, "--group-size", 32, "--method", "rtn") == 0
+        model = tmp_path / "mlx"
+    capsys.readouterr()
+    assert command("train", model, "--data", data, "-o", "run", *quick("--method", method)) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("next: lorafold "))
+    first, _, other = line.removeprefix("next: lorafold ").partition("   (or ")
+    ways = [first.split(), ["export", "run", *other.rstrip(")").split()]] if other else [first.split()]
+    for number, way in enumerate(ways):
+        assert command(*way[:-1], f"{number}-{way[-1]}") == 0
+        made = tmp_path / f"{number}-{way[-1]}"
+        assert made.is_dir() == (made.suffix != ".gguf")
+    if method == "lora":
+        assert ("mlx-adapter" in other) == (base == "mlx")
+    else:
+        assert command("train", made, "--data", data, "-o", "again", *quick("--method", "lora", "--max-steps", 1)) == 0
+
+
+def test_a_folder_is_not_folded_into_what_looks_like_a_file(data: Path, tmp_path: Path, capsys: Output) -> None:
+    model, run = tiny_folder(tmp_path / "source"), tmp_path / "run"
+    assert command("train", model, "--data", data, "-o", run, *quick("--method", "lora")) == 0
+    assert command("fold", run, "-o", tmp_path / "tuned.gguf") == 2
+    assert f"is a folder, and so is what it is folded into; give {tmp_path / 'tuned'}" in capsys.readouterr().err
+    assert not (tmp_path / "tuned.gguf").exists()
