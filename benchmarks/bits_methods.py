@@ -272,6 +272,8 @@ class Table:
 
     def rates(self, name: str) -> tuple[float, ...]:
         """The learning rates that a row of the table tries."""
+        if self.args.learning_rates:
+            return tuple(self.args.learning_rates)
         return (METHODS[name].rates or tuple(self.args.lora_rates))[: self.args.rates]
 
     def rate(self, name: str, bits: int) -> float:
@@ -380,6 +382,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], choices=[2, 3, 4])
     parser.add_argument("--rates", type=int, default=2, help="how many learning rates each row tries, at most 2")
+    parser.add_argument("--learning-rates", type=float, nargs="*", help="for every row, instead of its own")
     parser.add_argument("--lora-rates", type=float, nargs="*", default=[LORA_RATE])
     parser.add_argument(
         "--quick", action="store_true", help="one seed and rate, 2 bits, 80 rows to train, 60 to test, 32 to calibrate"

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorafold.adapters.adapted import AdaptedLayer, adapted_layers, carriers
+from lorafold.adapters.adapted import AdaptedLayer, adapted_layers
 from lorafold.adapters.group import GroupAdapter
 from lorafold.adapters.lora import LoRA
-from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.adapters.tied import follows
 from lorafold.errors import FoldError, bullet_list
 from lorafold.quant.codecs import CODECS, GGUF_CODECS
@@ -125,21 +124,6 @@ def _fold_layer(path: str, layer: AdaptedLayer, adapter: GroupAdapter) -> LayerF
     return LayerFold(path, new, kept_fraction(realized, wanted), error)
 
 
-def refuse_parameters(model: nn.Module, why: str) -> None:
-    """Refuse a fold of adapters that sit on parameters: trained biases, whole modules, experts, nn.MultiheadAttention.
-
-    Args:
-        why: the reason, which ends the message.
-
-    Raises:
-        FoldError: there are such adapters.
-    """
-    held = [path for path, carrier in carriers(model) if carrier.active and isinstance(carrier, AdaptedParameter)]
-    if held:
-        names = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
-        raise FoldError(f"the run trained {len(held)} parameters that are no layers' weights ({names}); {why}")
-
-
 def base_weight(base: nn.Module, offset: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """Dense float32 weight of a layer without its adapters; `offset`, `scale` replace the stored ones."""
     if isinstance(base, QuantLinear | QuantEmbedding):
@@ -164,10 +148,10 @@ def requantize(model: nn.Module, codec: str | None, name: str = "default") -> li
     A group adapter on a matrix that already has the wanted format needs no such thing and keeps its exact place.
 
     Args:
-        codec: the format to quantize to; None keeps each matrix's own.
+        codec: the format to quantize to; None keeps each matrix's own, and leaves out those that are not packed.
 
     Raises:
-        FoldError: a matrix is not packed and no codec is named, or an offset is beyond float16.
+        FoldError: a format is one that is not encoded here, or an offset is beyond float16.
     """
     folds, faults = [], []
     for path, layer in adapted_layers(model):
@@ -176,7 +160,7 @@ def requantize(model: nn.Module, codec: str | None, name: str = "default") -> li
         packed = layer.base.packed if isinstance(layer.base, QuantLinear | QuantEmbedding) else None
         target = codec or (packed.codec if packed else None)
         if target is None:
-            raise FoldError(f"{path} is not quantized; name a format to quantize it to: {', '.join(ENCODABLE)}")
+            continue
         adapter = layer.adapters[name]
         if not CODECS[target].encodes and not (isinstance(adapter, GroupAdapter) and packed and packed.codec == target):
             faults.append(f"{path}: {target} is made by llama.cpp's quantizer only; name one of {', '.join(ENCODABLE)}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lorafold.config import METHODS, AdapterSpec, DataConfig, RunConfig, TaskConfig, TrainingConfig
+from lorafold.config import AdapterSpec, DataConfig, RunConfig, TaskConfig, TrainingConfig
 
 _FLAT = Parameter(name="*")
 
@@ -43,12 +43,10 @@ def train(
     from lorafold.config.workers import workers_of
     from lorafold.errors import ConfigError
     from lorafold.evals.figures import SHOWN, written
-    from lorafold.models.classifier import is_quantized
-    from lorafold.models.load import resolve
-    from lorafold.models.mlx_folder import is_mlx
     from lorafold.runs.display import Display, output
     from lorafold.runs.fine_tune import fine_tune
     from lorafold.runs.from_adapter import adopted
+    from lorafold.runs.next_step import next_commands
     from lorafold.runs.start import start_worker
 
     del config  # expanded before parsing
@@ -61,7 +59,7 @@ def train(
         run = start_worker(adopted(wanted, given, resume), Display(), resume)
     if run is None:  # the first worker speaks for all
         return
-    s = run.summary
+    s, commands = run.summary, next_commands(run)
     if not task.continues:
         key = next(key for key in ("entity_f1", "recall_at_1", "accuracy") if f"{key}_after" in s)
         output(f"held-out {SHOWN[key][0]} {written(key, s[f'{key}_before'])} -> {written(key, s[f'{key}_after'])}")
@@ -69,10 +67,4 @@ def train(
         f"held-out loss {s['eval_loss_before']:.4f} -> {s['eval_loss_after']:.4f}, "
         f"{s['samples_per_second']:.2f} samples/s, peak memory {s['peak_memory_bytes'] / 1e9:.2f} GB"
     )
-    if not task.continues and is_quantized(run.config.model):
-        output(f"next: lorafold eval {model} --adapter {run.path} --task {task.task} --data MORE_ROWS")
-    elif METHODS[run.config.adapter.method].whole or run.config.adapter.method == "qa-lora" or not task.continues:
-        output(f"next: lorafold fold {run.path} -o tuned{'' if resolve(run.config.model).is_dir() else '.gguf'}")
-    else:
-        other = "mlx-adapter -o adapter" if is_mlx(resolve(run.config.model)) else "gguf-adapter -o adapter.gguf"
-        output(f"next: lorafold export {run.path} --to peft -o adapter   (or --to {other})")
+    output("next: " + "   (or: ".join(commands) + ")" * (len(commands) - 1))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lorafold.adapters.adapt import unload
 from lorafold.adapters.adapted import adapted_layers
 from lorafold.adapters.fold import (
     LEAST_KEPT,
@@ -17,7 +18,6 @@ from lorafold.adapters.fold import (
     fold,
     kept_fraction,
     merged_weight,
-    refuse_parameters,
     requantize,
 )
 from lorafold.adapters.group import GroupAdapter
@@ -81,10 +81,8 @@ def fold_run(run: Run, path: Path, to: str | None = None, lossy: bool = False) -
         raise FoldError(f"{path} is the base of this run, without which it cannot be used again; choose another output")
     if loaded.gguf is None and path.suffix == ".gguf":
         raise FoldError(f"{loaded.path} is a folder, and so is what it is folded into; give {path.with_suffix('')}")
-    if loaded.bnb is not None:
-        refuse_parameters(loaded.model, "a folder of bitsandbytes is not folded with these; lorafold export keeps them")
-    if adapter_labels(run.adapter) is not None and (loaded.gguf is not None or loaded.mlx is not None):
-        refuse_parameters(loaded.model, "a head that the format has no place for; lorafold export keeps it")
+    if adapter_labels(run.adapter) is not None and (loaded.gguf or loaded.mlx or loaded.bnb):
+        raise FoldError(f"{loaded.path.name} has no place for a classifier's head; lorafold export keeps all of it")
     if labels := adapter_labels(run.adapter):
         return fold_classifier(loaded, labels, path, to, lossy)
     if loaded.mlx is not None:
@@ -104,17 +102,20 @@ def _fold_gguf(loaded: LoadedModel, base: GGUFFile, path: Path, to: str | None, 
         raise FoldError(
             f"what was trained whole is written in {', '.join(DENSE_TYPES)}; leave --to out, then lorafold quantize"
         )
-    plain = to in DENSE_TYPES or not any(isinstance(layer.base, QuantLinear | QuantEmbedding) for layer in layers)
-    replaced, kept = gguf_numbers(loaded, whole_updates(loaded), to if plain else None)
-    if plain and to in (None, *DENSE_TYPES):
-        merged, more = gguf_numbers(loaded, merged_updates(loaded), to)
-        report = dense_report(kept + more, size_on_disk(loaded.path))
-        replaced |= merged
+    packed = any(isinstance(layer.base, QuantLinear | QuantEmbedding) for layer in layers)
+    updates = [*whole_updates(loaded)]
+    if to in DENSE_TYPES or to is None:  # matrices that are dense already need no quantizing either
+        updates += merged_updates(loaded, packed=to is not None)
+    plain = gguf_numbers(loaded, updates, to if to in DENSE_TYPES else None)
+    replaced = plain.tensors
+    if to in DENSE_TYPES or (to is None and not packed):
+        report = dense_report(plain.kept, size_on_disk(loaded.path))
+        refuse_loss(report, lossy)
     else:
         report, folds = _quantized(loaded, to, lossy)
-        report = joined(report, kept)
+        report = joined(report, plain.kept, plain.exact)
+        refuse_loss(report, lossy, ", or choose --to f16")
         replaced |= _entries(loaded, folds)
-    refuse_loss(report, lossy)
     added = _head_apart(loaded, replaced)
     write_gguf(base, {name: entry for name, entry in replaced.items() if name not in added}, path, added)
     return sized(report, path)
@@ -173,23 +174,28 @@ def _packed_report(kind: str, folds: list[LayerFold], loaded: LoadedModel) -> Fo
 def _fold_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path, to: str | None, lossy: bool) -> FoldReport:
     if to is not None:
         raise FoldError(f"an MLX folder is folded in its own format, not in {to}; leave --to out")
-    if lossy and any(isinstance(layer.adapter, LoRA) for _, layer in adapted_layers(loaded.model)):
-        return _requantize_mlx(loaded, folder, path)
+    layers = [layer for _, layer in adapted_layers(loaded.model)]
+    loras = [layer for layer in layers if isinstance(layer.adapter, LoRA)]
+    if loras and (lossy or not any(isinstance(layer.base, QuantLinear | QuantEmbedding) for layer in loras)):
+        return _requantize_mlx(loaded, folder, path, lossy)
     folds = fold(loaded.model, least_kept=None if lossy else LEAST_KEPT)
-    plain, kept = mlx_numbers(loaded, whole_updates(loaded))
-    size = size_on_disk(loaded.path)
-    report = joined(_packed_report("exact", folds, loaded), kept) if folds else dense_report(kept, size)
+    plain = mlx_numbers(loaded, whole_updates(loaded))
+    if folds:
+        report = joined(_packed_report("exact", folds, loaded), plain.kept, plain.exact)
+    else:
+        report = dense_report(plain.kept, size_on_disk(loaded.path))
     refuse_loss(report, lossy, "")
-    write_mlx(folder, {f.name: f.weight for f in folds}, plain, path, taken_apart(loaded.model))
+    write_mlx(folder, {f.name: f.weight for f in folds}, plain.tensors, path, taken_apart(loaded.model))
     return sized(report, path)
 
 
 @torch.no_grad()
-def _requantize_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path) -> FoldReport:
+def _requantize_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path, lossy: bool) -> FoldReport:
     """Merge LoRA in float32 and quantize again as mx.quantize does; layers that are not quantized stay so."""
     packed: dict[str, QuantizedWeight] = {}
     steps: list[float] = []
-    plain, kept = mlx_numbers(loaded, [*whole_updates(loaded), *merged_updates(loaded, packed=False)])
+    plain = mlx_numbers(loaded, [*whole_updates(loaded), *merged_updates(loaded, packed=False)])
+    kept = plain.kept
     for name, layer in updated_layers(loaded.model):
         if not isinstance(layer.base, QuantLinear | QuantEmbedding):
             continue
@@ -197,8 +203,9 @@ def _requantize_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path) -> FoldR
         packed[name] = _encoded(name, wanted, layer.base.codec)
         steps.append(steps_apart(wanted, packed[name]))
         kept.append(kept_fraction(packed[name].decode() - before, wanted - before))
-    write_mlx(folder, packed, plain, path, taken_apart(loaded.model))
     report = dense_report(kept, size_on_disk(loaded.path))
+    refuse_loss(report, lossy, "")
+    write_mlx(folder, packed, plain.tensors, path, taken_apart(loaded.model))
     return sized(replace(report, error_steps=max(steps, default=float("nan"))), path)
 
 
@@ -240,16 +247,20 @@ def _fold_bnb(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> F
         before, wanted = base_weight(layer.base), merged_weight(layer)
         dense[name] = wanted.to(dtype)
         kept.append(kept_fraction(dense[name].float() - before, wanted - before))
+    whole = {}
+    for name, before, wanted in whole_updates(loaded):
+        whole[name] = wanted.to(dtype)
+        kept.append(kept_fraction(whole[name].float() - before, wanted - before))
     report = dense_report(kept, size_on_disk(loaded.path))
     refuse_loss(report, lossy)
     if taken_apart(loaded.model):
         loaded.model.config.tie_word_embeddings = False
-    for name, layer in tables.items():
-        layer.base.weight = nn.Parameter(dense.pop(name), requires_grad=False)
-        loaded.model.set_submodule(name, layer.base)
-    plain = {name: _plain_layer(layer, dense.get(name)) for name, layer in linear_layers(loaded.model).items()}
-    for name, layer in plain.items():
-        loaded.model.set_submodule(name, layer)
+    unload(loaded.model)
+    for name, layer in linear_layers(loaded.model).items():
+        if name in dense:
+            loaded.model.set_submodule(name, _plain_layer(layer, dense[name]))
+    for name, value in ({f"{name}.weight": dense[name] for name in tables} | whole).items():
+        _set(loaded.model, name, value)
     create_bnb(path, loaded.model, loaded.tokenizer, packed, dtype)
     return sized(report, path)
 
@@ -261,13 +272,19 @@ def _encoded(name: str, weight: torch.Tensor, codec: str) -> QuantizedWeight:
         raise FoldError(f"{name}: {error}") from None
 
 
-def _plain_layer(layer: nn.Linear | QuantLinear, weight: torch.Tensor | None) -> nn.Module:
-    """The layer without adapters; dense where a weight is given."""
-    if weight is None:
-        return layer
+def _plain_layer(layer: nn.Linear | QuantLinear, weight: torch.Tensor) -> nn.Module:
+    """The layer, dense, with another weight."""
     bias = layer.bias
     plain = nn.Linear(layer.in_features, layer.out_features, bias is not None, dtype=weight.dtype)
     plain.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         plain.bias = nn.Parameter(bias, requires_grad=False)
     return plain
+
+
+def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give a module another parameter, or a packed layer another bias; a module that shares it keeps the old one."""
+    owner, _, own_name = name.rpartition(".")
+    module = model.get_submodule(owner)
+    parameter = isinstance(getattr(module, own_name), nn.Parameter)
+    setattr(module, own_name, nn.Parameter(value, requires_grad=False) if parameter else value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +22,28 @@ from lorafold.runs.fold_report import DENSE_TYPES
 
 Update = tuple[str, Tensor, Tensor]  # name of a parameter, its numbers without adapters and with them, in float32
 Entry = tuple[str, np.ndarray]  # type name and bytes of a tensor of a GGUF file
+T = TypeVar("T")
+
+
+@dataclass
+class Numbers(Generic[T]):
+    """Tensors of a file, and how well they hold what was trained.
+
+    Attributes:
+        tensors: name in the file -> what stands there.
+        kept: the share of each update that is left after rounding.
+        exact: nothing was rounded.
+    """
+
+    tensors: dict[str, T] = field(default_factory=dict)
+    kept: list[float] = field(default_factory=list)
+    exact: bool = True
+
+    def add(self, name: str, tensor: T, stored: Tensor, before: Tensor, wanted: Tensor) -> None:
+        """Add a tensor, and compare the numbers read back with those before and after training."""
+        self.tensors[name] = tensor
+        self.kept.append(kept_fraction(stored - before, wanted - before))
+        self.exact &= torch.equal(stored, wanted)
 
 
 @torch.no_grad()
@@ -44,10 +68,8 @@ def merged_updates(loaded: LoadedModel, packed: bool = True) -> Iterator[Update]
 
 
 @torch.no_grad()
-def gguf_numbers(
-    loaded: LoadedModel, updates: Iterable[Update], to: str | None
-) -> tuple[dict[str, Entry], list[float]]:
-    """Tensors of a GGUF file, in the order of its rows, and the share of each update that they hold.
+def gguf_numbers(loaded: LoadedModel, updates: Iterable[Update], to: str | None) -> Numbers[Entry]:
+    """Tensors of a GGUF file, in the order of its rows.
 
     Args:
         to: a type of `DENSE_TYPES` for matrices; None keeps each tensor's own, as vectors do always.
@@ -56,33 +78,33 @@ def gguf_numbers(
         FoldError: numbers are beyond their type; all parameters concerned are named.
     """
     assert loaded.gguf is not None
-    entries, kept, faults = {}, [], []
+    numbers, faults = Numbers[Entry](), []
     for name, before, wanted in updates:
         place = binding_of_parameter(loaded, name)
         tensor = loaded.gguf.tensors.get(place.tensor) or loaded.gguf.tensors[_table(loaded)]
         kind = to.upper() if to and wanted.dim() > 1 else tensor.type
         stored = (wanted + place.shift).to(DENSE_TYPES[kind.lower()])
-        kept.append(kept_fraction(stored.float() - place.shift - before, wanted - before))
         faults += _faults(name, stored)
         data = stored if place.row_order is None else stored[place.row_order.argsort()]
-        entries[place.tensor] = (kind, data.contiguous().view(torch.uint8).numpy())
+        entry = (kind, data.contiguous().view(torch.uint8).numpy())
+        numbers.add(place.tensor, entry, stored.float() - place.shift, before, wanted)
     _refuse(faults)
-    return entries, kept
+    return numbers
 
 
 @torch.no_grad()
-def mlx_numbers(loaded: LoadedModel, updates: Iterable[Update]) -> tuple[dict[str, Tensor], list[float]]:
+def mlx_numbers(loaded: LoadedModel, updates: Iterable[Update]) -> Numbers[Tensor]:
     """The same of an MLX folder, each tensor in its own type."""
     assert loaded.mlx is not None
-    plain, kept, faults = {}, [], []
+    numbers, faults = Numbers[Tensor](), []
     apart = taken_apart(loaded.model)
     for name, before, wanted in updates:
         own_head = apart is not None and name == f"{apart[1]}.weight"
-        plain[name] = wanted.to(loaded.mlx.stored_dtype(f"{apart[0]}.weight" if apart and own_head else name))
-        kept.append(kept_fraction(plain[name].float() - before, wanted - before))
-        faults += _faults(name, plain[name])
+        stored = wanted.to(loaded.mlx.stored_dtype(f"{apart[0]}.weight" if apart and own_head else name))
+        faults += _faults(name, stored)
+        numbers.add(name, stored, stored.float(), before, wanted)
     _refuse(faults)
-    return plain, kept
+    return numbers
 
 
 def _table(loaded: LoadedModel) -> str:

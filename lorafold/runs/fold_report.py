@@ -54,7 +54,7 @@ def sized(report: FoldReport, path: Path) -> FoldReport:
     return FoldReport(**{**report.__dict__, "size_after": size_on_disk(path)})
 
 
-def refuse_loss(report: FoldReport, lossy: bool, otherwise: str = ", or choose --to f16") -> None:
+def refuse_loss(report: FoldReport, lossy: bool, otherwise: str = ", or choose --to f32") -> None:
     """Refuse a fold that loses some of the update, unless that was asked for.
 
     Args:
@@ -76,16 +76,24 @@ def dense_report(kept: list[float], size: int) -> FoldReport:
     return FoldReport(kind, len(kept), min(kept), sum(kept) / len(kept), float("nan"), size, 0)
 
 
-def joined(report: FoldReport, kept: list[float]) -> FoldReport:
-    """The report of adapted layers, and what is left of parameters that were trained whole beside them."""
+def joined(report: FoldReport, kept: list[float], exact: bool) -> FoldReport:
+    """The report of quantized layers, and of what is held as plain numbers beside them.
+
+    Args:
+        kept: the share of each plain update that is left.
+        exact: nothing of them was rounded.
+    """
     if not kept:
         return report
     whole = dense_report(kept, report.size_before)
-    kinds = ("exact", "near", "lossy")
     count = report.layers + whole.layers
+    if report.kind == "exact":
+        if exact:
+            return replace(report, layers=count)
+        report = replace(report, kept=1.0, mean_kept=1.0)  # whatever steps offsets move in, training saw them
     return replace(
         report,
-        kind=report.kind if whole.kept == 1 else max(report.kind, whole.kind, key=kinds.index),
+        kind=report.kind if exact else max(report.kind, whole.kind, key=("exact", "near", "lossy").index),
         layers=count,
         kept=min(report.kept, whole.kept),
         mean_kept=(report.layers * report.mean_kept + whole.layers * whole.mean_kept) / count,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lorafold.adapters.adapted import AdaptedLayer, adapted_layers, set_active
-from lorafold.adapters.fold import fold
+from lorafold.adapters.fold import LEAST_KEPT, fold
 from lorafold.adapters.tied import taken_apart, updated_layers
 from lorafold.data.tokens import Tokens
 from lorafold.errors import AdapterError, ConfigError, FormatError
@@ -33,7 +33,7 @@ from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.quant.weight import steps_apart
 from lorafold.runs.display import Display
 from lorafold.runs.fold import load_trained
-from lorafold.runs.fold_plain import gguf_numbers, mlx_numbers, whole_updates
+from lorafold.runs.fold_plain import Numbers, gguf_numbers, mlx_numbers, whole_updates
 from lorafold.runs.folder import Run
 
 RUNTIME_TOKENS = 2000  # predictions compared in llama.cpp
@@ -71,14 +71,14 @@ def verify_file(path: Path, run: Run) -> list[Check]:
         return _verify_mlx(path, trained, run.config.adapter.adapt)
     base, file = trained.gguf, GGUFFile(path)
     folded = {binding_of(trained, f.name).tensor: f.weight.codec for f in fold(trained.model, least_kept=None)}
-    whole, _ = gguf_numbers(trained, whole_updates(trained), None)
-    folded |= {tensor: kind for tensor, (kind, _) in whole.items()}
+    whole = gguf_numbers(trained, whole_updates(trained), None)
+    folded |= {tensor: kind for tensor, (kind, _) in whole.tensors.items()}
     head = [] if taken_apart(trained.model) is None else [_own_head(base, file, HEAD_TENSOR in folded)]
     return [
         *head,
         _same_layout(base, file, folded, bool(head)),
         _trained_weights(trained, path),
-        *_whole({tensor: data for tensor, (_, data) in whole.items()}, file),
+        *_whole(whole, {tensor: data for tensor, (_, data) in whole.tensors.items()}, file),
         _zero_adapter(trained),
         _untouched(base, file, set(folded)),
         _metadata(base, file),
@@ -98,37 +98,39 @@ def _verify_mlx(path: Path, trained: LoadedModel, adapt: str) -> list[Check]:
     if (apart := taken_apart(trained.model)) is not None:
         table = {name: own for name, own in ours.items() if name.rpartition(".")[0] == apart[0]}
         own_head = {name.replace(*apart, 1): (HEAD_FILE, *own[1:]) for name, own in table.items()}
-    quantized = base.quantized | ({apart[1]: base.quantized[apart[0]]} if apart else {})
+    quantized = base.quantized | ({apart[1]: base.quantized[apart[0]]} if apart and apart[0] in base.quantized else {})
     layout = ours | own_head == theirs and quantized == file.quantized
     checks = [Check("same tensors, types and shapes", layout, f"{len(ours)} tensors, {len(base.quantized)} quantized")]
     if not layout:
         return checks
     moved = {"offset": ("biases",), "scale": ("scales",), "both": ("biases", "scales")}[adapt]
     folded = {f"{path}.{part}" for path, _ in updated_layers(trained.model) for part in moved} & ours.keys()
-    whole, _ = mlx_numbers(trained, whole_updates(trained))
-    folded |= whole.keys() & ours.keys()
+    whole = mlx_numbers(trained, whole_updates(trained))
+    folded |= whole.tensors.keys() & ours.keys()
     same = [name for name in ours if name not in folded and _sha(base.raw(name)) == _sha(file.raw(name))]
     changed = len(ours) - len(folded) - len(same)
     others = {p.name for p in base.path.iterdir() if p.is_file() and p.suffix != ".safetensors"}
     differing = [name for name in sorted(others) if not _same_bytes(base.path / name, path / name)]
     if apart is not None:
         differing = [name for name in differing if name not in UNTIED]
-        checks.append(_own_mlx_head(base, file, own_head, apart))
+        checks.append(_own_mlx_head(base, file, own_head, apart, whole.tensors))
     return [
         *checks,
         _trained_weights(trained, path),
-        *_whole({name: value.view(torch.uint8).numpy() for name, value in whole.items()}, file),
+        *_whole(whole, {name: value.view(torch.uint8).numpy() for name, value in whole.tensors.items()}, file),
         _zero_adapter(trained),
         Check("untouched tensors: same sha256", not changed, f"{len(same)} tensors, {changed} changed"),
         Check("config and tokenizer: same bytes", not differing, ", ".join(differing) or f"{len(others)} files"),
     ]
 
 
-def _own_mlx_head(base: MLXFolder, file: MLXFolder, added: Collection[str], apart: tuple[str, str]) -> Check:
+def _own_mlx_head(
+    base: MLXFolder, file: MLXFolder, added: Collection[str], apart: tuple[str, str], whole: Collection[str]
+) -> Check:
     """The head's tensors are those of the base's embedding but for what was trained, and config.json says so."""
     changed = [name for name in added if _sha(file.raw(name)) != _sha(base.raw(name.replace(apart[1], apart[0], 1)))]
     config = json.loads((file.path / "config.json").read_text(encoding="utf-8"))
-    codes = [name for name in changed if name.endswith(".weight")]
+    codes = [name for name in changed if name.endswith(".weight") and name not in whole]
     detail = ", ".join(changed) or f"the bytes of {apart[0]}"
     return Check("head with tensors of its own", config == config_apart(base.path, *apart) and not codes, detail)
 
@@ -155,13 +157,15 @@ def _same_layout(base: GGUFFile, file: GGUFFile, codecs: dict[str, str], own_hea
     return Check("same tensors, types and shapes", expected == actual, f"{promoted} promoted; {sizes}")
 
 
-def _whole(trained: Mapping[str, np.ndarray], file: GGUFFile | MLXFolder) -> list[Check]:
-    """Tensors that were trained whole, where there are any."""
+def _whole(numbers: Numbers, trained: Mapping[str, np.ndarray], file: GGUFFile | MLXFolder) -> list[Check]:
+    """Tensors that were trained whole, where there are any; training saw nothing of how the file rounds them."""
     if not trained:
         return []
     there = [name for name in trained if name in file.tensors]
     wrong = len(trained) - sum(_sha(trained[name]) == _sha(file.raw(name)) for name in there)
-    return [Check("tensors trained whole: same sha256", not wrong, f"{len(trained)} tensors, {wrong} differ")]
+    held = "as trained" if numbers.exact else f"rounded, {min(numbers.kept):.2%} of the worst one's update is left"
+    passed = not wrong and (numbers.exact or min(numbers.kept) >= LEAST_KEPT)
+    return [Check("tensors trained whole: same sha256", passed, f"{len(trained)} tensors, {wrong} differ; {held}")]
 
 
 @torch.no_grad()

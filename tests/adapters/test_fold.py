@@ -181,5 +181,4 @@ def test_lossy_merge_keeps_each_format_unless_told(adapted: Adapted, tmp_path: P
     assert {result.weight.codec for result in folds} == {"Q5_0"}
     loaded = load(tiny_folder(tmp_path))
     inject(loaded.model, AdapterSpec("lora", r=4))
-    with pytest.raises(FoldError, match="name a format to quantize it to: Q4_0, Q4_1"):
-        requantize(loaded.model, None)
+    assert requantize(loaded.model, None) == []  # dense: they need not be quantized

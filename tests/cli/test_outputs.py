@@ -18,6 +18,7 @@ from tests.tiny import tiny_gguf
 
 Output = pytest.CaptureFixture[str]
 Trained = Callable[..., tuple[Path, Path]]
+LORA = ("--method", "lora")
 Refused = Callable[..., str]
 
 
@@ -174,38 +175,51 @@ def test_disk_that_fills_while_training(
 
 
 @pytest.mark.parametrize(
-    ("base", "method"),
+    ("base", "options", "ways"),
     [
-        ("Q4_1", "qa-lora"),
-        ("Q4_1", "lora"),
-        ("F16", "last-layers"),
-        ("mlx", "qa-lora"),
-        ("mlx", "lora"),
-        ("folder", "last-layers"),
+        ("Q4_1", (), ["fold"]),
+        ("Q4_1", LORA, ["peft", "gguf-adapter"]),
+        ("Q4_1", (*LORA, "--modules-to-save", "norm"), ["peft", "fold"]),
+        ("F16", ("--method", "last-layers"), ["fold"]),
+        ("F16", (*LORA, "--use-dora"), ["peft", "fold"]),
+        ("mlx", (), ["fold"]),
+        ("mlx", LORA, ["peft", "mlx-adapter"]),
+        ("mlx", (*LORA, "--use-dora"), ["peft", "fold"]),
+        ("folder", ("--method", "last-layers"), ["fold"]),
+        ("folder", LORA, ["peft", "fold"]),
+        ("nf4", LORA, ["peft", "fold"]),
     ],
 )
 def test_what_is_said_to_come_next_works(
-    base: str, method: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+    base: str,
+    options: tuple[str, ...],
+    ways: list[str],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Output,
 ) -> None:
-    """As it is printed, with both ways where there are two, and what it makes trains on."""
+    """As it is printed, both ways where there are two, and a folded model trains on."""
     monkeypatch.chdir(tmp_path)
-    model = tiny_gguf(tmp_path, "llama", base) if base in ("Q4_1", "F16") else tiny_folder(tmp_path / "source")
-    if base == "mlx":
-        assert command("quantize", model, "-o", "mlx", "--bits", 4, "--group-size", 32, "--method", "rtn") == 0
-        model = tmp_path / "mlx"
-    capsys.readouterr()
-    assert command("train", model, "--data", data, "-o", "run", *quick("--method", method)) == 0
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("next: lorafold "))
-    first, _, other = line.removeprefix("next: lorafold ").partition("   (or ")
-    ways = [first.split(), ["export", "run", *other.rstrip(")").split()]] if other else [first.split()]
-    for number, way in enumerate(ways):
-        assert command(*way[:-1], f"{number}-{way[-1]}") == 0
-        made = tmp_path / f"{number}-{way[-1]}"
-        assert made.is_dir() == (made.suffix != ".gguf")
-    if method == "lora":
-        assert ("mlx-adapter" in other) == (base == "mlx")
+    if base in ("Q4_1", "F16"):
+        model = tiny_gguf(tmp_path, "qwen2", base)
     else:
-        assert command("train", made, "--data", data, "-o", "again", *quick("--method", "lora", "--max-steps", 1)) == 0
+        model = tiny_folder(tmp_path / "source", wide=base == "nf4")
+    if base in ("mlx", "nf4"):
+        kind = ("--bits", 4, "--group-size", 32, "--method", "rtn") if base == "mlx" else ("--format", "nf4")
+        assert command("quantize", model, "-o", base, *kind) == 0
+        model = tmp_path / base
+    capsys.readouterr()
+    assert command("train", model, "--data", data, "-o", "run", *quick(*options)) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("next: "))
+    said = [way.rstrip(")").split()[1:] for way in line.removeprefix("next: ").split("   (or: ")]
+    assert [way[0] if way[0] == "fold" else way[way.index("--to") + 1] for way in said] == ways
+    for way in said:
+        assert command(*way) == 0
+        made = tmp_path / way[way.index("-o") + 1]
+        assert made.is_dir() == (made.suffix != ".gguf")
+    if ways[-1] == "fold":
+        assert command("train", made, "--data", data, "-o", "again", *quick(*LORA, "--max-steps", 1)) == 0
 
 
 def test_a_folder_is_not_folded_into_what_looks_like_a_file(data: Path, tmp_path: Path, capsys: Output) -> None:
