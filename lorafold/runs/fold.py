@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +104,9 @@ def _fold_gguf(loaded: LoadedModel, base: GGUFFile, path: Path, to: str | None, 
             f"what was trained whole is written in {', '.join(DENSE_TYPES)}; leave --to out, then lorafold quantize"
         )
     packed = any(isinstance(layer.base, QuantLinear | QuantEmbedding) for layer in layers)
-    updates = [*whole_updates(loaded)]
+    updates = whole_updates(loaded)
     if to in DENSE_TYPES or to is None:  # matrices that are dense already need no quantizing either
-        updates += merged_updates(loaded, packed=to is not None)
+        updates = chain(updates, merged_updates(loaded, packed=to is not None))
     plain = gguf_numbers(loaded, updates, to if to in DENSE_TYPES else None)
     replaced = plain.tensors
     if to in DENSE_TYPES or (to is None and not packed):
@@ -194,7 +195,7 @@ def _requantize_mlx(loaded: LoadedModel, folder: MLXFolder, path: Path, lossy: b
     """Merge LoRA in float32 and quantize again as mx.quantize does; layers that are not quantized stay so."""
     packed: dict[str, QuantizedWeight] = {}
     steps: list[float] = []
-    plain = mlx_numbers(loaded, [*whole_updates(loaded), *merged_updates(loaded, packed=False)])
+    plain = mlx_numbers(loaded, chain(whole_updates(loaded), merged_updates(loaded, packed=False)))
     kept = plain.kept
     for name, layer in updated_layers(loaded.model):
         if not isinstance(layer.base, QuantLinear | QuantEmbedding):
