@@ -378,7 +378,9 @@ def main() -> None:
     parser.add_argument("--draw-calibration", action="store_true", help="each seed draws its own calibration rows")
     parser.add_argument("--propagate", type=float, help="of `lorafold quantize`")
     numbers = range(len(METHODS))
-    parser.add_argument("--methods", type=int, nargs="*", default=[*numbers], choices=numbers, help="rows, from 0")
+    parser.add_argument(
+        "--methods", type=int, nargs="*", choices=numbers, help="rows, from 0; all, or 0 to 5 if --quick"
+    )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], choices=[2, 3, 4])
     parser.add_argument("--rates", type=int, default=2, help="how many learning rates each row tries, at most 2")
@@ -391,6 +393,8 @@ def main() -> None:
     if args.quick:
         args.rows, args.eval_rows, args.calibration_rows = 80, 60, 32
         args.seeds, args.bits, args.rates = args.seeds[:1], [2], 1
+    if args.methods is None:
+        args.methods = [*numbers][:6] if args.quick else [*numbers]
     table = Table(args)
     table.fill()
     print(table.markdown())

@@ -12,6 +12,7 @@ from torch import Tensor
 from lorafold.kernels.compiled import on_torch_threads
 
 _SUMS = {"reassoc", "contract", "nsz"}  # sums in any order, so that they are computed side by side
+_LANES = 16  # rows that are tried side by side, in vectors
 
 
 def candidates(
@@ -144,22 +145,38 @@ def _round_columns(columns, factor, scales, offsets, codes, errors, levels):
 
 @njit(parallel=True, cache=True, fastmath=_SUMS)
 def _best_candidates(columns, factor, scales, offsets, levels, best):
-    n = columns.shape[1]
-    for r in prange(columns.shape[0]):
-        w, least = np.empty(n, np.float32), np.float32(np.inf)
+    rows, n = columns.shape
+    for part in prange((rows + _LANES - 1) // _LANES):
+        first = part * _LANES
+        count = min(_LANES, rows - first)
+        given, w = np.zeros((n, _LANES), np.float32), np.empty((n, _LANES), np.float32)  # rows side by side
+        scale, offset, inverse = (
+            np.zeros(_LANES, np.float32),
+            np.zeros(_LANES, np.float32),
+            np.zeros(_LANES, np.float32),
+        )
+        error, loss = np.zeros(_LANES, np.float32), np.empty(_LANES, np.float32)
+        least = np.full(_LANES, np.inf, np.float32)
+        for lane in range(count):
+            given[:, lane] = columns[first + lane]
         for s in range(scales.shape[1]):
-            scale, offset, inverse, loss = scales[r, s], offsets[r, s], _inverse(scales[r, s]), np.float32(0)
-            w[:] = columns[r]
+            for lane in range(count):
+                scale[lane], offset[lane] = scales[first + lane, s], offsets[first + lane, s]
+                inverse[lane] = _inverse(scale[lane])
+            w[:] = given
+            loss[:] = 0
             for i in range(n):
-                code = _code(w[i], inverse, offset, levels)
-                error = (w[i] - (code * scale + offset)) / factor[i, i]
-                loss += error * error
-                if not loss < least:  # of an overflow as well
-                    break
+                for lane in range(_LANES):
+                    code = _code(w[i, lane], inverse[lane], offset[lane], levels)
+                    error[lane] = (w[i, lane] - (code * scale[lane] + offset[lane])) / factor[i, i]
+                    loss[lane] += error[lane] * error[lane]
                 for j in range(i + 1, n):
-                    w[j] -= error * factor[i, j]
-            if loss < least:
-                least, best[r] = loss, s
+                    share = factor[i, j]
+                    for lane in range(_LANES):
+                        w[j, lane] -= error[lane] * share
+            for lane in range(count):
+                if loss[lane] < least[lane]:  # not where it overflows
+                    least[lane], best[first + lane] = loss[lane], s
 
 
 @njit(parallel=True, cache=True, fastmath=_SUMS)

@@ -21,6 +21,7 @@ from lorafold.errors import FormatError
 from lorafold.models.load import LoadedModel, compute_dtype
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, but for the rows that go through it
+_REMEMBERED_BYTES = 1 << 29  # of outputs of a block's layers, beside which the rows themselves are kept
 
 
 class _Reached(Exception):
@@ -72,12 +73,13 @@ class BlockWalk:
         self.blocks = find_blocks(loaded.model)
         self._hidden, self._others = self._first_inputs(packs)
         self._unchanged = list(self._hidden) if twice else None
-        self._originals = self._originals_of(0)
+        self._start(0)
 
-    def _originals_of(self, index: int) -> Mapping[str, nn.Module]:
-        """The linear layers of a block that has not changed yet, kept until the rows are through it."""
-        wanted = self._unchanged is not None and index < len(self.blocks)
-        return linear_layers(self.blocks[index][1]) if wanted else {}
+    def _start(self, index: int) -> None:
+        """Note the linear layers of the block that comes next, and forget what those before it have computed."""
+        self._originals = linear_layers(self.blocks[index][1]) if index < len(self.blocks) else {}
+        self._outputs: dict[tuple[int, bool], list[Tensor]] = {}  # of a pack, as it was or as it is, in order
+        self._room = _REMEMBERED_BYTES
 
     @torch.no_grad()
     def groups(self, index: int) -> list[list[str]]:
@@ -124,7 +126,7 @@ class BlockWalk:
             hessian.addmm_(given.T, given)
             if known and lost is not None and self._unchanged is not None:
                 with self._as_it_was(index):
-                    wanted = self._given(index, name, self._unchanged[at], at)
+                    wanted = self._given(index, name, self._unchanged[at], at, as_it_was=True)
                 known = wanted is not None and len(wanted) == len(given) == x.shape[:-1].numel()
                 if wanted is not None and known:
                     lost.addmm_((wanted - given).T, given)
@@ -161,19 +163,61 @@ class BlockWalk:
         self._hidden = self._run(index)
         if self._unchanged is not None:
             with self._as_it_was(index):
-                self._unchanged = [self._through(index, x, at) for at, x in enumerate(self._unchanged)]
-        self._originals = self._originals_of(index + 1)
+                self._unchanged = [self._through(index, x, at, True) for at, x in enumerate(self._unchanged)]
+        self._start(index + 1)
 
     def _run(self, index: int) -> list[Tensor]:
         return [self._through(index, x, at) for at, x in enumerate(self._hidden)]
 
-    def _through(self, index: int, x: Tensor, at: int) -> Tensor:
+    def _through(self, index: int, x: Tensor, at: int, as_it_was: bool = False) -> Tensor:
         """A pack taken through a block."""
         args, kwargs = self._others[index][at]
-        out = self.blocks[index][1](x, *args, **kwargs)
+        with self._remembering(self.blocks[index][1], self._outputs.setdefault((at, as_it_was), []), as_it_was):
+            out = self.blocks[index][1](x, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def _given(self, index: int, name: str, x: Tensor, at: int) -> Tensor | None:
+    @contextlib.contextmanager
+    def _remembering(self, block: nn.Module, outputs: list[Tensor], as_it_was: bool) -> Iterator[None]:
+        """Inside, linear layers do not compute again what they have computed for the same pack.
+
+        What a block has changed is not changed again, so as long as all layers that have run are such, or all are as
+        they were, the next one computes what it did the last time, whatever the block does between them.
+
+        Args:
+            outputs: of the layers that run, in their order; those that are new are added while there is room.
+        """
+        layers = {layer: name for name, layer in linear_layers(block).items()}
+        if any("forward" in vars(layer) for layer in layers):  # somebody else's, who may change it
+            yield
+            return
+        count, same = 0, True
+
+        def remembered(name: str, layer: nn.Module) -> Any:
+            compute, settled = layer.forward, as_it_was or layer is not self._originals.get(name)
+
+            def forward(x: Tensor) -> Tensor:
+                nonlocal count, same
+                count += 1
+                if count <= len(outputs):
+                    return outputs[count - 1].clone()  # a block may write into what its layers return
+                out: Tensor = compute(x)
+                same = same and settled and self._room >= out.nbytes and len(outputs) == count - 1
+                if same:
+                    outputs.append(out.clone())
+                    self._room -= out.nbytes
+                return out
+
+            return forward
+
+        for layer, name in layers.items():
+            layer.forward = remembered(name, layer)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def _given(self, index: int, name: str, x: Tensor, at: int, as_it_was: bool = False) -> Tensor | None:
         """Inputs [T, I] float32 of a layer; what follows it in the block is not computed."""
         caught: list[Tensor] = []
 
@@ -182,7 +226,7 @@ class BlockWalk:
             raise _Reached
 
         with _hooked({self.blocks[index][1].get_submodule(name): catch}), contextlib.suppress(_Reached):
-            self._through(index, x, at)
+            self._through(index, x, at, as_it_was)
         return caught[0] if caught else None
 
     @contextlib.contextmanager
