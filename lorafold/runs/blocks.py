@@ -160,6 +160,7 @@ class BlockWalk:
     @_fast_products()
     def advance(self, index: int) -> None:
         """Take the rows through a block as it is now, and where both are wanted through the block as it was."""
+        self._room = 0  # nothing is computed again
         self._hidden = self._run(index)
         if self._unchanged is not None:
             with self._as_it_was(index):
@@ -187,7 +188,9 @@ class BlockWalk:
             outputs: of the layers that run, in their order; those that are new are added while there is room.
         """
         layers = {layer: name for name, layer in linear_layers(block).items()}
-        if any("forward" in vars(layer) for layer in layers):  # somebody else's, who may change it
+        changed = any(layer is not self._originals.get(name) for layer, name in layers.items())
+        others = any("forward" in vars(layer) for layer in layers)  # somebody else's, who may change it
+        if others or not (outputs or as_it_was or changed):
             yield
             return
         count, same = 0, True
@@ -195,12 +198,12 @@ class BlockWalk:
         def remembered(name: str, layer: nn.Module) -> Any:
             compute, settled = layer.forward, as_it_was or layer is not self._originals.get(name)
 
-            def forward(x: Tensor) -> Tensor:
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
                 nonlocal count, same
                 count += 1
                 if count <= len(outputs):
                     return outputs[count - 1].clone()  # a block may write into what its layers return
-                out: Tensor = compute(x)
+                out: Tensor = compute(*args, **kwargs)
                 same = same and settled and self._room >= out.nbytes and len(outputs) == count - 1
                 if same:
                     outputs.append(out.clone())

@@ -180,6 +180,7 @@ def test_disk_that_fills_while_training(
         ("Q4_1", (), ["fold"]),
         ("Q4_1", LORA, ["peft", "gguf-adapter"]),
         ("Q4_1", (*LORA, "--modules-to-save", "norm"), ["peft", "fold"]),
+        ("Q4_1", (*LORA, "--target-modules", ".*"), ["peft", "fold"]),
         ("F16", ("--method", "last-layers"), ["fold"]),
         ("F16", (*LORA, "--use-dora"), ["peft", "fold"]),
         ("mlx", (), ["fold"]),
