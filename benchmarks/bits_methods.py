@@ -387,11 +387,11 @@ def main() -> None:
     parser.add_argument("--learning-rates", type=float, nargs="*", help="for every row, instead of its own")
     parser.add_argument("--lora-rates", type=float, nargs="*", default=[LORA_RATE])
     parser.add_argument(
-        "--quick", action="store_true", help="one seed and rate, 2 bits, 80 rows to train, 60 to test, 32 to calibrate"
+        "--quick", action="store_true", help="one seed and rate, 2 bits, 64 rows to train, 40 to test, 24 to calibrate"
     )
     args = parser.parse_args()
     if args.quick:
-        args.rows, args.eval_rows, args.calibration_rows = 80, 60, 32
+        args.rows, args.eval_rows, args.calibration_rows = 64, 40, 24
         args.seeds, args.bits, args.rates = args.seeds[:1], [2], 1
     if args.methods is None:
         args.methods = [*numbers][:6] if args.quick else [*numbers]

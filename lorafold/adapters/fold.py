@@ -7,6 +7,7 @@ and quantized again, which is lossy and has to be asked for.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -153,7 +154,7 @@ def requantize(model: nn.Module, codec: str | None, name: str = "default") -> li
     Raises:
         FoldError: a format is one that is not encoded here, or an offset is beyond float16.
     """
-    folds, faults = [], []
+    folds, faults, foreign = [], [], Counter[str]()
     for path, layer in adapted_layers(model):
         if name not in layer.adapters or follows(layer.adapters[name]):
             continue
@@ -162,18 +163,25 @@ def requantize(model: nn.Module, codec: str | None, name: str = "default") -> li
         if target is None:
             continue
         adapter = layer.adapters[name]
-        if not CODECS[target].encodes and not (isinstance(adapter, GroupAdapter) and packed and packed.codec == target):
-            faults.append(f"{path}: {target} is made by llama.cpp's quantizer only; name one of {', '.join(ENCODABLE)}")
-            continue
         if isinstance(adapter, GroupAdapter) and packed and packed.codec == target:
             folds.append(_fold_layer(path, layer, adapter))
             if not _storable(folds[-1]):
                 faults.append(f"{path}: an offset or scale is beyond {_type_name(packed)}")
             continue
+        if not CODECS[target].encodes:
+            foreign[target] += 1
+        if foreign:
+            continue
         before, wanted = base_weight(layer.base), merged_weight(layer)
         new = encode(wanted, target)
         kept = kept_fraction(new.decode() - before, wanted - before)
         folds.append(LayerFold(path, new, kept, steps_apart(wanted, new)))
+    if foreign:
+        kinds = ", ".join(f"{kind} ({count} matrices)" for kind, count in foreign.items())
+        types = ", ".join(kind.lower() for kind in ENCODABLE)
+        faults.append(
+            f"{kinds}: only llama.cpp's quantizer makes them; choose --to f16 and run it on that, or --to {types}"
+        )
     if faults:
         raise FoldError("the adapter cannot be folded:\n" + bullet_list(faults))
     return folds

@@ -125,7 +125,11 @@ def test_lossy_fold_needs_a_type_that_is_made_here(
     assert command("train", base, "--data", data, "--output-dir", tmp_path / "run", *options) == 0
     capsys.readouterr()
     assert command("fold", tmp_path / "run", "-o", tmp_path / "out.gguf", "--lossy") == 2
-    assert "Q6_K is made by llama.cpp's quantizer only; name one of Q4_0, Q4_1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Q6_K (6 matrices)" in said
+    assert "Q4_K (9 matrices)" in said
+    assert "choose --to f16 and run it on that, or --to q4_0, q4_1" in said
+    assert "layers.0" not in said
     assert command("fold", tmp_path / "run", "-o", tmp_path / "out.gguf", "--to", "q8_0", "--lossy") == 0
     trained = load_trained(read_run(tmp_path / "run")).model
     with torch.no_grad():
