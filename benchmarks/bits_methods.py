@@ -55,7 +55,7 @@ from lorafold.quant.linear import QuantEmbedding, QuantLinear
 from lorafold.runs.display import Display
 from lorafold.runs.fold import fold_run
 from lorafold.runs.folder import SUMMARY, Run, read_run
-from lorafold.runs.prepare import all_rows
+from lorafold.runs.prepare import training_rows
 from lorafold.runs.quantize import quantize_model
 from lorafold.runs.start import start
 
@@ -193,7 +193,7 @@ class Table:
             if options.get("method") == "gptq":
                 options["propagate"] = self.args.propagate
                 config = RowsConfig(self.rows, template=TEMPLATES[self.args.task], supervise="all")
-                rows = list(all_rows(config, loaded.tokenizer).rows)
+                rows = list(training_rows(config, loaded.tokenizer).rows)
                 count = min(len(rows), self.args.calibration_rows)
                 rows = random.Random(seed).sample(rows, count) if self.args.draw_calibration else rows[:count]
             quantize_model(loaded, rows, QuantizeConfig(**options), path, lambda _: None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -72,9 +72,12 @@ def unsuitable(layer: nn.Module, spec: AdapterSpec) -> str | None:
     """The layer's type if that does not store what is learned, before and after promotion."""
     if not isinstance(layer, QuantLinear | QuantEmbedding):
         return str(layer.weight.dtype).removeprefix("torch.")
-    codec = _codec_to_train(layer.packed.format, spec)
-    suits = (codec.affine or spec.adapt == "scale") and (codec.scalable or spec.adapt == "offset")
-    return None if suits else layer.packed.codec
+    return None if _suits(layer.packed.format, spec) else layer.packed.codec
+
+
+def _suits(stored: Codec, spec: AdapterSpec) -> bool:
+    codec = _codec_to_train(stored, spec)
+    return (codec.affine or spec.adapt == "scale") and (codec.scalable or spec.adapt == "offset")
 
 
 def _refuse_unsuitable(layers: Mapping[str, nn.Module], targets: list[str], spec: AdapterSpec) -> None:
@@ -87,10 +90,13 @@ def _refuse_unsuitable(layers: Mapping[str, nn.Module], targets: list[str], spec
             f"{kind}: {len(paths)} layers ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
             for kind, paths in bad.items()
         ]
-        able = [name for name, codec in GGUF_CODECS.items() if codec.affine or codec.promotes_to]
+        able = [name for name, codec in GGUF_CODECS.items() if _suits(codec, spec)]
+        promoted = replace(spec, k_quants="promote")
+        mended = all(kind in CODECS and _suits(CODECS[kind], promoted) for kind in bad)
+        ways = "promote them (--k-quants promote), " if mended else ""
         raise AdapterError(
             f"qa-lora learns the {_learned(spec)} that a quantized group stores, and these targets store none:\n"
             + bullet_list(faults)
-            + "\nleave them out with --exclude-modules, train them with --method lora, or start from a file whose "
-            f"matrices are {', '.join(able)}"
+            + f"\n{ways}leave them out with --exclude-modules, train them with --method lora, or start from a file "
+            f"whose matrices are {', '.join(able)}, or from a folder that lorafold quantize makes"
         )

@@ -25,6 +25,17 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear | QuantLinear]:
     return {name: m for name, m in plain_modules(model).items() if isinstance(m, nn.Linear | QuantLinear)}
 
 
+def matrix_layers(model: nn.Module) -> dict[str, nn.Linear | QuantLinear | Conv1D]:
+    """The same and GPT-2's Conv1D, which stores the weight of a linear layer as [I, O]."""
+    kinds = (nn.Linear, QuantLinear, Conv1D)
+    return {name: m for name, m in plain_modules(model).items() if isinstance(m, kinds)}
+
+
+def input_width(layer: nn.Linear | QuantLinear | Conv1D) -> int:
+    """Number of input features of such a layer."""
+    return layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.in_features
+
+
 def adaptable(model: nn.Module, method: str = "lora") -> dict[str, nn.Module]:
     """What a method can adapt, by name: of qa-lora linear layers and packed tables, else all of `SITES`, attention."""
     if method == "qa-lora":

@@ -110,8 +110,8 @@ def _figures(
 
 
 def _rows(data: RowsConfig, tokenizer: Any, display: Display) -> Sequence[Tokens] | RowStream:
-    from lorafold.runs.prepare import all_rows
+    from lorafold.runs.prepare import evaluation_rows
 
-    tokenized = all_rows(data, tokenizer, display)
+    tokenized = evaluation_rows(data, tokenizer, display)
     display.say(f"data: {tokenized.describe()}")
     return tokenized.rows

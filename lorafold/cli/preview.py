@@ -24,13 +24,13 @@ def preview(model: str, *, data: Annotated[RowsConfig, Parameter(name="*")], row
     from lorafold.data.stream import RowStream
     from lorafold.models.load import load_tokenizer_only
     from lorafold.runs.display import Display
-    from lorafold.runs.prepare import all_rows
+    from lorafold.runs.prepare import training_rows
 
     check_positive(rows=rows)
     console = Console()
     tokenizer = load_tokenizer_only(model)
     display = Display()
-    tokenized = all_rows(data, tokenizer, display)
+    tokenized = training_rows(data, tokenizer, display)
     for row in islice(tokenized.rows, rows):
         console.rule(f"row {row.row}: {len(row.ids)} tokens, {sum(row.supervised)} supervised")
         console.print(render(row, tokenizer))

@@ -24,9 +24,9 @@ def quantize(
     """Quantize a model so that it can be trained with QA-LoRA and folded.
 
     A GGUF model becomes a GGUF file (Q4_1, Q5_1) when the output ends in .gguf; any model becomes an MLX folder (2 to 8
-    bits) otherwise. Calibrated on the first 128 rows of --data, or on --limit of them. After an interruption the same
-    command goes on where it stopped. With --loftq-r a LoRA is written beside the output that gives back a part of what
-    was lost, for train --from-adapter.
+    bits) otherwise. Calibrated on the first 128 rows of --data, or on --limit of them; of a run, or of a folder with
+    splits, on rows that are trained on. After an interruption the same command goes on where it stopped. With --loftq-r
+    a LoRA is written beside the output that gives back a part of what was lost, for train --from-adapter.
 
     Args:
         model: 16-bit model: transformers folder, GGUF file, hub id; a quantized one is decoded first.
@@ -37,10 +37,10 @@ def quantize(
     from lorafold.files import check_output
     from lorafold.models.load import load
     from lorafold.runs import display as shown
-    from lorafold.runs.blocks import find_blocks
+    from lorafold.runs.blocks import few_tokens, find_blocks
     from lorafold.runs.loftq import start_folder
-    from lorafold.runs.prepare import all_rows
-    from lorafold.runs.quantize import few_tokens, quantize_model
+    from lorafold.runs.prepare import training_rows
+    from lorafold.runs.quantize import quantize_model
 
     config = options or QuantizeConfig()
     if rows is not None and (config.format != "affine" or config.method == "rtn" or config.loftq_r):
@@ -53,7 +53,7 @@ def quantize(
     loaded = load(model)
     tokens = None
     if rows is not None:
-        tokenized = all_rows(replace(rows, limit=rows.limit or CALIBRATION_ROWS), loaded.tokenizer)
+        tokenized = training_rows(replace(rows, limit=rows.limit or CALIBRATION_ROWS), loaded.tokenizer, display)
         tokens = list(tokenized.rows)
         display.say(f"calibration: {tokenized.describe()}")
         if warning := few_tokens(loaded.model, tokens, config):

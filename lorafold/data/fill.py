@@ -47,7 +47,7 @@ def columns_of(template: str, columns: Iterable[str]) -> list[str]:
 
 
 def filling(value: Any) -> str:
-    """A value as it is put into a template: text as it is, nothing for None, the rest as JSON writes it."""
-    if value is None:
+    """A value as it is put into a template: text as it is, nothing for None and NaN, the rest as JSON writes it."""
+    if value is None or value != value:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

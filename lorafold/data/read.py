@@ -30,7 +30,7 @@ from lorafold.data.readers import READERS, Row, check_utf8, known_suffixes, read
 from lorafold.errors import ConfigError, DataError, bullet_list
 from lorafold.files import OutputError, replacing
 
-__all__ = ["READERS", "Rows", "has_split", "read_rows", "split_rows"]
+__all__ = ["READERS", "Rows", "evaluation_split", "held_out_split", "read_rows", "split_rows", "training_split"]
 _LAYOUT = 2  # of the stored table; raise it when the encoding of cells changes
 _BATCH = 1000  # rows held at once
 _BLOCK = 4 << 20
@@ -213,9 +213,26 @@ def _find_below(folder: Path, split: str | None) -> list[Path]:
     return chosen
 
 
-def has_split(folder: Path, split: str) -> bool:
+def _has_split(folder: Path, split: str) -> bool:
     """Whether a folder has data files of a split; see `read_rows`."""
     return any(reader_of(file) and _in_split(folder, file, split) for file in folder.rglob("*") if file.is_file())
+
+
+def training_split(data: Path) -> str | None:
+    """Of a folder with files named train..., only those are trained on; None where all files are."""
+    return "train" if data.is_dir() and _has_split(data, "train") else None
+
+
+def held_out_split(data: Path) -> str | None:
+    """The split of such a folder that is held out; None where a part of the training rows is."""
+    if training_split(data) is None:
+        return None
+    return next((split for split in ("valid", "dev", "test") if _has_split(data, split)), None)
+
+
+def evaluation_split(data: Path) -> str | None:
+    """The split that is evaluated: what is held out, or else what is trained on; None where these are all files."""
+    return held_out_split(data) or training_split(data)
 
 
 def _in_split(folder: Path, file: Path, split: str) -> bool:

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.adapters.targets import linear_layers
+from lorafold.adapters.targets import input_width, linear_layers, matrix_layers
+from lorafold.config import QuantizeConfig
 from lorafold.data.packs import Pack
+from lorafold.data.tokens import Tokens
 from lorafold.errors import FormatError
 from lorafold.models.load import LoadedModel, compute_dtype
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, but for the rows that go through it
+_TOKENS_PER_INPUT = 2  # below, codes were seen to fit the rows and not the layer, see docs/log.md
 _REMEMBERED_BYTES = 1 << 29  # of outputs of a block's layers, beside which the rows themselves are kept
 
 
@@ -151,8 +154,8 @@ class BlockWalk:
 
             return add
 
-        layers = linear_layers(block).items()
-        with _hooked({layer: watch(f"{prefix}.{name}", layer.in_features) for name, layer in layers}):
+        layers = matrix_layers(block).items()
+        with _hooked({layer: watch(f"{prefix}.{name}", input_width(layer)) for name, layer in layers}):
             self._run(index)
         return sums
 
@@ -315,3 +318,18 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return [(f"{name}.{i}", block) for i, block in enumerate(module)]
     raise FormatError("this model has no list of blocks to be quantized one after the other")
+
+
+def few_tokens(model: nn.Module, rows: Sequence[Tokens] | None, config: QuantizeConfig) -> str:
+    """A warning where GPTQ would see few tokens for inputs so wide; otherwise empty."""
+    if not rows or config.format != "affine" or config.method not in (None, "gptq"):
+        return ""
+    tokens = sum(len(row.ids) for row in rows)
+    layers = [layer for _, block in find_blocks(model) for layer in linear_layers(block).values()]
+    widest = max((layer.in_features for layer in layers), default=0)
+    if tokens >= _TOKENS_PER_INPUT * widest:
+        return ""
+    return (
+        f"warning: {tokens:,} tokens are few for layers with up to {widest:,} inputs, and gptq fits codes to what is "
+        f"chance in them; give rows of {_TOKENS_PER_INPUT * widest:,} tokens or more (--data, --limit)"
+    )

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lorafold.adapters.fold import base_weight
 from lorafold.adapters.lowrank import Reduced, reduced_dense
-from lorafold.adapters.targets import HEADS, linear_layers
+from lorafold.adapters.targets import HEADS, input_width, matrix_layers
 from lorafold.config import AdapterSpec, RankConfig
 from lorafold.errors import AdapterError, bullet_list
 from lorafold.models.adapter_updates import Place, StoredAdapter
@@ -34,11 +35,15 @@ class Extraction:
 
     def describe(self) -> str:
         """What was found, and what the adapter does not hold."""
-        text = self.outcome.describe()
-        if self.left_out:
-            names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
-            text += f"; {len(self.left_out)} other tensors differ, which no adapter holds: {names}"
-        return text
+        return self.outcome.describe() + _beside(self.left_out)
+
+
+def _beside(left_out: list[str]) -> str:
+    """What differs and is not held, after something else that was said."""
+    if not left_out:
+        return ""
+    names = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+    return f"; {len(left_out)} other tensors differ, which no adapter holds: {names}"
 
 
 @torch.no_grad()
@@ -67,16 +72,17 @@ def extract_adapter(
         raise AdapterError(f"these are no two states of one model:\n{listing}")
     results: dict[Place, Reduced] = {}
     for name, layer in ours.items():
-        difference = base_weight(theirs[name]) - base_weight(layer)
+        difference = _matrix(theirs[name]) - _matrix(layer)
         if difference.any():
             results[Place(name, "lora")] = reduced_dense(difference, size)
         progress()
+    others = _differing(base.model, tuned.model, set(ours))
     if not results:
-        raise AdapterError(f"no linear layer differs between {base.path} and {tuned.path}")
+        raise AdapterError(f"no linear layer differs between {base.path} and {tuned.path}{_beside(others)}")
     like = StoredAdapter(Path(tuned.path), AdapterSpec("lora"), {}, str(base.path), base.weights_hash())
     energies = {place: (result.kept, result.total) for place, result in results.items()}
     outcome = Outcome(like, {place: result.update for place, result in results.items()}, energies)
-    return Extraction(outcome, _differing(base.model, tuned.model, set(ours)))
+    return Extraction(outcome, others)
 
 
 def target_count(loaded: LoadedModel) -> int:
@@ -84,13 +90,19 @@ def target_count(loaded: LoadedModel) -> int:
     return len(_targets(loaded))
 
 
-def _targets(loaded: LoadedModel) -> dict[str, nn.Linear | QuantLinear]:
-    layers = linear_layers(loaded.model)
+def _targets(loaded: LoadedModel) -> dict[str, nn.Linear | QuantLinear | Conv1D]:
+    layers = matrix_layers(loaded.model)
     return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] not in HEADS}
 
 
-def _shape(layer: nn.Linear | QuantLinear) -> tuple[int, int]:
-    return layer.out_features, layer.in_features
+def _matrix(layer: nn.Linear | QuantLinear | Conv1D) -> Tensor:
+    """The weight [O, I] float32."""
+    return base_weight(layer).T if isinstance(layer, Conv1D) else base_weight(layer)
+
+
+def _shape(layer: nn.Linear | QuantLinear | Conv1D) -> tuple[int, int]:
+    width = input_width(layer)
+    return layer.weight.numel() // width if isinstance(layer, Conv1D) else layer.out_features, width
 
 
 def _differing(base: nn.Module, tuned: nn.Module, targets: set[str]) -> list[str]:

@@ -15,7 +15,7 @@ from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.adapters.tied import follows, taken_apart, tied_pair
 from lorafold.errors import FoldError
 from lorafold.files import replacing_folder, size_on_disk
-from lorafold.models.classifier import save_classifier, stored_type
+from lorafold.models.classifier import save_classifier, save_merged, stored_type
 from lorafold.models.load import LoadedModel
 from lorafold.models.tensors import save_tensors, untie_folder
 from lorafold.runs.fold_report import DENSE_TYPES, FoldReport, dense_report, refuse_loss, sized
@@ -31,11 +31,17 @@ def fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) ->
         for path, carrier in carriers(loaded.model)
         if not (isinstance(carrier, AdaptedLayer) and any(follows(a) for a in carrier.active_adapters()))
     }
-    kept: list[float] = []
+    prefix = f"{loaded.model.base_model_prefix}."  # the folder of a model with a head, loaded without it
+    stored = {key for file in loaded.path.glob("*.safetensors") for key in _keys(file)}
     apart = taken_apart(loaded.model)
     table, head = (f"{name}.weight" for name in tied_pair(loaded.model) or ("", ""))
-    head_stored = any(head in _keys(file) for file in loaded.path.glob("*.safetensors"))
-    prefix = f"{loaded.model.base_model_prefix}."  # the folder of a model with a head, loaded without it
+    head_stored = head in stored
+    known = stored | {key.removeprefix(prefix) for key in stored} | ({head} if apart is not None else set())
+    if merges.keys() - known:
+        return _saved_anew(loaded, path, to, lossy)  # such as experts, which files hold one by one
+    kept: list[float] = []
+    if apart is None and head_stored and table in merges:  # the same weight twice, perhaps in two files
+        merges[head] = merges[table]
     with replacing_folder(path) as temporary:
         for source in sorted(loaded.path.iterdir()):
             if source.is_file() and source.suffix != ".safetensors":
@@ -49,8 +55,6 @@ def fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) ->
                 header = file.metadata()
             if apart is not None and table in tensors and not head_stored:
                 tensors[head] = tensors[table].clone()
-            if apart is None and head in tensors and table in merges:
-                merges[head] = merges[table]
             names = {key: key.removeprefix("" if key in merges else prefix) for key in tensors}
             for key in (key for key, name in names.items() if name in merges):
                 before, wanted = before_and_after(loaded.model, *merges.pop(names[key]))
@@ -59,11 +63,24 @@ def fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) ->
             save_tensors(temporary / source.name, tensors, header)
             if apart is not None and head in tensors:
                 untie_folder(temporary, {head: source.name})
-        if merges:
-            raise FoldError("the folder stores these weights under other names: " + ", ".join(sorted(merges)[:5]))
         report = dense_report(kept, size_on_disk(loaded.path))
         refuse_loss(report, lossy)
     return sized(report, path)
+
+
+def _saved_anew(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> FoldReport:
+    """Where a folder stores the model in other pieces, which transformers takes apart again: in the base's type."""
+    dtype = DENSE_TYPES[to] if to else stored_type(loaded.path)
+    report = _merged_report(loaded, dtype)
+    refuse_loss(report, lossy)
+    save_merged(unload(loaded.model, merge=True), loaded, dtype, path)
+    return sized(report, path)
+
+
+def _merged_report(loaded: LoadedModel, dtype: torch.dtype) -> FoldReport:
+    pairs = (before_and_after(loaded.model, *carrier) for carrier in carriers(loaded.model))
+    kept = [kept_fraction(wanted.to(dtype).float() - before, wanted - before) for before, wanted in pairs]
+    return dense_report(kept, size_on_disk(loaded.path))
 
 
 def _keys(file: Path) -> list[str]:
@@ -77,9 +94,7 @@ def fold_classifier(loaded: LoadedModel, labels: list[str], path: Path, to: str 
     if to not in (None, *DENSE_TYPES):
         raise FoldError(f"a transformers folder is written in {', '.join(DENSE_TYPES)}, not {to}")
     dtype = DENSE_TYPES[to] if to else stored_type(loaded.path)
-    pairs = (before_and_after(loaded.model, *carrier) for carrier in carriers(loaded.model))
-    kept = [kept_fraction(wanted.to(dtype).float() - before, wanted - before) for before, wanted in pairs]
-    report = dense_report(kept, size_on_disk(loaded.path))
+    report = _merged_report(loaded, dtype)
     refuse_loss(report, lossy)
     save_classifier(unload(loaded.model, merge=True), loaded, labels, dtype, path)
     return sized(report, path)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorafold.config import DataConfig, RowsConfig
-from lorafold.data.read import Rows, has_split, read_rows, split_rows
-from lorafold.data.rows import Converter, Example, check_rows, converter, to_examples
+from lorafold.data.read import Rows, evaluation_split, held_out_split, read_rows, split_rows, training_split
+from lorafold.data.rows import Example, check_rows, converter, to_examples
 from lorafold.data.stream import KEPT_BYTES, KEPT_ROWS, RowStream
 from lorafold.data.tokens import Tokenized, tokenize
-from lorafold.errors import DataError
+from lorafold.errors import ConfigError, DataError
 from lorafold.runs.display import Display
 from lorafold.runs.folder import CONFIG, Run, read_run
 
@@ -45,18 +45,19 @@ def prepare(config: DataConfig, tokenizer: Any, seed: int, display: Display) -> 
     Raises:
         DataError: whatever is wrong with the files, rows or templates.
     """
-    rows = read_rows(config.data, _training_split(config), display.say)
+    rows = read_rows(config.data, training_split(config.data), display.say)
     other = _other_rows(config, display)
     if other is None:
         train, held = _split(rows, config, seed)
+        _check(rows, np.concatenate([train, held]), config, display)  # one count of faults over both parts
     else:
         train, held = _first(rows, config.limit), _first(other, config.eval_limit)
     if config.eval_limit is None and len(held) >= HELD_OUT_ROWS:
         display.say(f"held out are {len(held):,} rows; their loss is measured before and after: see --eval-limit")
     held_source = rows if other is None else other
     examples = _examples(held_source, held[:KEPT_ROWS], config)
-    tokenized = _tokenize(rows, train, tokenizer, config, display)
-    held_out = _tokenize(held_source, held, tokenizer, config, display)
+    tokenized = _tokenize(rows, train, tokenizer, config, display, checked=other is None)
+    held_out = _tokenize(held_source, held, tokenizer, config, display, checked=other is None)
     for label, part, source in (("training", tokenized, rows), ("held-out", held_out, other)):
         names = f" ({', '.join(path.name for path in source.sources)})" if config.data.is_dir() and source else ""
         display.say(f"{label} data{names}: {part.describe()}")
@@ -81,29 +82,81 @@ def _held_out(run: Run, data: Path | None) -> tuple[Rows, np.ndarray]:
     config = run.config.data if data is None else replace(run.config.data, eval_data=data)
     rows = _other_rows(config)
     if rows is None:
-        rows = read_rows(config.data, _training_split(config))
+        rows = read_rows(config.data, training_split(config.data))
         index = _split(rows, config, run.config.training.seed)[1]
     else:
         index = _first(rows, config.eval_limit)
-    trained_on = run.summary.get("eval_data_sha256") or run.summary.get("data_sha256")
-    if data is None and trained_on not in (None, rows.fingerprint()):
-        raise DataError(
-            f"{', '.join(map(str, rows.sources[:3]))}: changed since the run was trained, so its held-out rows are no "
-            "longer known; put the old file back, or give other rows with --data"
-        )
+    if data is None:
+        _refuse_changed(rows, run.summary.get("eval_data_sha256") or run.summary.get("data_sha256"))
     return rows, index
 
 
-def all_rows(config: RowsConfig, tokenizer: Any, display: Display | None = None) -> Tokenized | RowStream:
-    """All rows of the data (up to `limit`), tokenized; of a run folder its held-out rows, as the run read them.
+def _trained_on(run: Run) -> tuple[Rows, np.ndarray]:
+    config = run.config.data
+    rows = read_rows(config.data, training_split(config.data))
+    _refuse_changed(rows, run.summary.get("data_sha256"))
+    if _other_rows(config) is not None:
+        return rows, _first(rows, config.limit)
+    return rows, _split(rows, config, run.config.training.seed)[0]
+
+
+def _refuse_changed(rows: Rows, fingerprint: str | None) -> None:
+    if fingerprint not in (None, rows.fingerprint()):
+        raise DataError(
+            f"{', '.join(map(str, rows.sources[:3]))}: changed since the run was trained, so its rows are no longer "
+            "known; put the old file back, or give other rows with --data"
+        )
+
+
+def evaluation_rows(config: RowsConfig, tokenizer: Any, display: Display | None = None) -> Tokenized | RowStream:
+    """Rows of the data (up to `limit`), tokenized; of a run or a folder with splits those that training holds out.
 
     Raises:
         DataError: as `prepare`.
+        ConfigError: of a run folder rows are asked for that are read in another way.
     """
-    if (config.data / CONFIG).is_file():
-        return held_out_rows(read_run(config.data), tokenizer)
     display = display or Display(quiet=True)
-    rows = read_rows(config.data, say=display.say)
+    if run := run_as_data(config):
+        rows, index = _held_out(run, None)
+        return _tokenize(rows, index[: config.limit], tokenizer, run.config.data, display)
+    return _rows_of_files(config, evaluation_split(config.data), tokenizer, display)
+
+
+def training_rows(config: RowsConfig, tokenizer: Any, display: Display | None = None) -> Tokenized | RowStream:
+    """The same, but those that are trained on.
+
+    Raises:
+        DataError, ConfigError: as `evaluation_rows`.
+    """
+    display = display or Display(quiet=True)
+    if run := run_as_data(config):
+        rows, index = _trained_on(run)
+        return _tokenize(rows, index[: config.limit], tokenizer, run.config.data, display)
+    return _rows_of_files(config, training_split(config.data), tokenizer, display)
+
+
+def run_as_data(config: RowsConfig) -> Run | None:
+    """The run whose folder is given as data.
+
+    Raises:
+        ConfigError: beside it stands how its rows are to be read, which the run has settled.
+    """
+    if not (config.data / CONFIG).is_file():
+        return None
+    settled = ("prompt", "completion", "template", "max_length", "supervise")
+    given = [f.name for f in fields(RowsConfig) if f.name in settled and getattr(config, f.name) != f.default]
+    if given:
+        raise ConfigError(
+            f"{config.data} is a run, whose rows are read as it read them; leave out {', '.join(given)}, or give the "
+            "data themselves"
+        )
+    return read_run(config.data)
+
+
+def _rows_of_files(config: RowsConfig, split: str | None, tokenizer: Any, display: Display) -> Tokenized | RowStream:
+    rows = read_rows(config.data, split, display.say)
+    if config.data.is_dir():
+        display.say(f"rows of {', '.join(path.name for path in rows.sources)}")
     return _tokenize(rows, _first(rows, config.limit), tokenizer, config, display)
 
 
@@ -114,21 +167,13 @@ def _split(rows: Rows, config: DataConfig, seed: int) -> tuple[np.ndarray, np.nd
     return train, held[: config.eval_limit]
 
 
-def _training_split(config: DataConfig) -> str | None:
-    """Of a folder with files named train..., only those are trained on."""
-    return "train" if config.data.is_dir() and has_split(config.data, "train") else None
-
-
 def _other_rows(config: DataConfig, display: Display | None = None) -> Rows | None:
     """Held-out rows that do not come from the training rows: eval_data, or the split of a folder."""
     say = display.say if display else None
     if config.eval_data is not None:
         return read_rows(config.eval_data, say=say)
-    if _training_split(config):
-        for split in ("valid", "dev", "test"):
-            if has_split(config.data, split):
-                return read_rows(config.data, split, say)
-    return None
+    split = held_out_split(config.data)
+    return read_rows(config.data, split, say) if split else None
 
 
 def _first(rows: Rows, limit: int | None) -> np.ndarray:
@@ -140,7 +185,7 @@ def _examples(rows: Rows, index: np.ndarray, config: RowsConfig) -> Sequence[Exa
 
 
 def _tokenize(
-    rows: Rows, index: np.ndarray, tokenizer: Any, config: RowsConfig, display: Display
+    rows: Rows, index: np.ndarray, tokenizer: Any, config: RowsConfig, display: Display, checked: bool = False
 ) -> Tokenized | RowStream:
     """Few rows are tokenized, many are checked and tokenized when they are wanted."""
     options: dict[str, Any] = {
@@ -150,20 +195,23 @@ def _tokenize(
     }
     if len(index) <= KEPT_ROWS and rows.sizes()[index].sum() <= KEPT_BYTES:
         return tokenize(_examples(rows, index, config), tokenizer, **options)
+    if not checked:
+        _check(rows, index, config, display)
     convert = converter(rows.columns, config.prompt, config.completion)
-    _check(rows, index, convert, display)
     return RowStream(rows, index, convert, tokenizer, **options)
 
 
-def _check(rows: Rows, index: np.ndarray, convert: Converter, display: Display) -> None:
+def _check(rows: Rows, index: np.ndarray, config: RowsConfig, display: Display) -> None:
     """Look at each row that is not seen to be sound at once."""
+    convert = converter(rows.columns, config.prompt, config.completion)
     wanted = np.zeros(len(rows), bool)
     wanted[index] = True
     if convert.columns is not None:
         wanted &= rows.unsure(convert.columns)
     if not wanted.any():
         return
-    with display.bar("checking rows", len(rows)) as advance:
+    shown = display if len(index) > KEPT_ROWS else Display(quiet=True)
+    with shown.bar("checking rows", len(rows)) as advance:
         check_rows(_chosen(rows, wanted, advance), convert, len(index) - int(wanted.sum()))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +35,6 @@ _GGUF_TYPES = {4: "Q4_1", 5: "Q5_1", 8: "Q8_0"}
 _STORED = {"float16": "F16", "bfloat16": "BF16"}
 _PACK_TOKENS = 1024
 _PROPAGATE = 0.5  # the best of those tried, see docs/log.md
-_TOKENS_PER_INPUT = 2  # below, codes were seen to fit the rows and not the layer, see docs/log.md
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class QuantizeReport:
         size: bytes on disk.
         start: with LoftQ the folder of the adapter that training begins from.
         left: with LoftQ the error with that adapter.
+        plain: weights of matrices in the blocks that are no linear layers, such as experts in one tensor.
     """
 
     method: str
@@ -63,14 +63,16 @@ class QuantizeReport:
     size: int
     start: Path | None = None
     left: float = 0.0
+    plain: int = 0
 
     def describe(self) -> str:
         """One sentence."""
-        embedding = "included" if self.outer else "left as it is"
+        outer = "embedding included" if self.outer else "embedding left as it is"
+        outer += f"; {self.plain:,} weights are in no linear layer and stay plain" if self.plain else ""
         with_start = "" if self.start is None else f", with the adapter {self.start} by {self.left:.2%}"
         return (
             f"{self.weights:,} weights in {self.codec} by {self.method}, {self.bits_per_weight:.2f} bits each "
-            f"(embedding {embedding}), changed by {self.error:.2%} of their size{with_start}; {self.size:,} bytes"
+            f"({outer}), changed by {self.error:.2%} of their size{with_start}; {self.size:,} bytes"
         )
 
 
@@ -93,27 +95,14 @@ def choose_codecs(config: QuantizeConfig, gguf: bool) -> tuple[str, str | None]:
         faults.append(f"group_size is {config.group_size}; a GGUF file has groups of 32")
     if wide not in (*_GGUF_TYPES, 16):
         faults.append(f"embedding_bits is {wide}; a GGUF file takes 4, 5, 8 or 16 here")
+    if config.stored is not None:
+        faults.append(f"stored is {config.stored}; a GGUF file has float16 scales, and keeps what is not quantized")
     if faults:
         raise FormatError(
             "this cannot be written as a GGUF file:\n" + bullet_list(faults) + "\nname a folder instead of a .gguf "
             "file to write an MLX folder, which holds 2 to 8 bits in groups of 32, 64 or 128"
         )
     return _GGUF_TYPES[config.bits], _GGUF_TYPES.get(wide)
-
-
-def few_tokens(model: nn.Module, rows: Sequence[Tokens] | None, config: QuantizeConfig) -> str:
-    """A warning where GPTQ would see few tokens for inputs so wide; otherwise empty."""
-    if not rows or config.format != "affine" or config.method not in (None, "gptq"):
-        return ""
-    tokens = sum(len(row.ids) for row in rows)
-    layers = [layer for _, block in find_blocks(model) for layer in linear_layers(block).values()]
-    widest = max((layer.in_features for layer in layers), default=0)
-    if tokens >= _TOKENS_PER_INPUT * widest:
-        return ""
-    return (
-        f"warning: {tokens:,} tokens are few for layers with up to {widest:,} inputs, and gptq fits codes to what is "
-        f"chance in them; give rows of {_TOKENS_PER_INPUT * widest:,} tokens or more (--data, --limit)"
-    )
 
 
 def quantize_model(
@@ -198,7 +187,8 @@ def quantize_model(
     else:
         default = next(weight for weight in quantized.values() if weight.codec == codec)
         create_mlx(output, loaded.model, loaded.tokenizer, quantized, default, getattr(torch, stored))
-    report = _report(config, output, method, codec, errors, quantized, updates, wide is not None)
+    plain = _plain(loaded.model, quantized)
+    report = _report(config, output, method, codec, errors, quantized, updates, wide is not None, plain)
     work.remove()
     return report
 
@@ -212,12 +202,19 @@ def _report(
     quantized: dict[str, QuantizedWeight],
     updates: dict[str, LowRank],
     outer: bool,
+    plain: int,
 ) -> QuantizeReport:
     """What was written, the start of LoftQ among it, which is written now."""
     start = None if config.loftq_r is None else save_start(output, updates, config.loftq_r)
     bits = 8 * sum(weight.nbytes for weight in quantized.values()) / errors.count
     count, change, left = errors.count, errors.relative, errors.left
-    return QuantizeReport(method, codec, count, bits, outer, change, size_on_disk(output), start, left)
+    return QuantizeReport(method, codec, count, bits, outer, change, size_on_disk(output), start, left, plain)
+
+
+def _plain(model: nn.Module, quantized: Mapping[str, QuantizedWeight]) -> int:
+    """How many weights of matrices in the blocks are not quantized."""
+    parameters = ((f"{at}.{name}", p) for at, block in find_blocks(model) for name, p in block.named_parameters())
+    return sum(p.numel() for name, p in parameters if p.ndim > 1 and name.removesuffix(".weight") not in quantized)
 
 
 def _refuse_rank(model: nn.Module, r: int | None) -> None:
@@ -299,11 +296,17 @@ def _quantize_bnb(
             quantized[f"{prefix}.{name}"] = fitted.weight
             updates |= {} if fitted.update is None else {f"{prefix}.{name}": fitted.update}
         progress(1)
+    if not quantized:
+        kind = loaded.model.config.model_type
+        raise FormatError(
+            f"{config.format} is a format of linear layers, and the blocks of this model ({kind}) hold none"
+        )
     for _, layer in _outer_layers(loaded.model):
         _unpack(layer)
     stored = getattr(torch, config.stored) if config.stored else _own_dtype(loaded)
     create_bnb(output, loaded.model, loaded.tokenizer, quantized, stored)
-    return _report(config, output, "nearest value", codec, errors, quantized, updates, False)
+    plain = _plain(loaded.model, quantized)
+    return _report(config, output, "nearest value", codec, errors, quantized, updates, False, plain)
 
 
 def _own_dtype(loaded: LoadedModel) -> torch.dtype:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafold.config import DataConfig, RowsConfig, RunConfig
-from lorafold.data.read import Rows, has_split, read_rows, split_rows
+from lorafold.data.read import Rows, evaluation_split, held_out_split, read_rows, split_rows, training_split
 from lorafold.errors import DataError
 from lorafold.runs.folder import Run
 from lorafold.runs.tasks import Task, task_of
@@ -35,16 +35,18 @@ def read_raw(config: RunConfig, task: Task) -> RawRows:
         DataError: whatever is wrong with the files, rows or templates.
     """
     data = config.data
-    split = "train" if data.data.is_dir() and has_split(data.data, "train") else None
-    rows, other = read_rows(data.data, split), _other_rows(data)
+    rows, other = read_rows(data.data, training_split(data.data)), _other_rows(data)
     if other is None:
         train, held = split_rows(rows, data.eval_fraction, config.training.seed, data.limit)
         held = held[: data.eval_limit]
+        both = sorted([*train, *held])  # one count of faults over both
+        read = dict(zip(both, task.read(rows, both), strict=True))
+        parts = [read[at] for at in train], [read[at] for at in held]
     else:
         train, held = range(len(rows))[: data.limit], range(len(other))[: data.eval_limit]
+        parts = task.read(rows, train), task.read(other, held)
     return RawRows(
-        task.read(rows, train),
-        task.read(rows if other is None else other, held),
+        *parts,
         rows.fingerprint(),
         other.fingerprint() if other else None,
     )
@@ -67,9 +69,9 @@ def held_out_rows(run: Run) -> tuple[Task, list[Any]]:
     return task, read.held_out
 
 
-def all_rows(config: RowsConfig, task: Task) -> list[Any]:
-    """All rows of the data, up to `limit`."""
-    rows = read_rows(config.data)
+def evaluation_rows(config: RowsConfig, task: Task) -> list[Any]:
+    """Rows of the data, up to `limit`; of a folder with splits those that training holds out."""
+    rows = read_rows(config.data, evaluation_split(config.data))
     return task.read(rows, range(len(rows))[: config.limit])
 
 
@@ -77,7 +79,5 @@ def _other_rows(config: DataConfig) -> Rows | None:
     """Held-out rows that do not come from the training rows: eval_data, or the split of a folder."""
     if config.eval_data is not None:
         return read_rows(config.eval_data)
-    if config.data.is_dir() and has_split(config.data, "train"):
-        found = next((split for split in ("valid", "dev", "test") if has_split(config.data, split)), None)
-        return read_rows(config.data, found) if found else None
-    return None
+    split = held_out_split(config.data)
+    return read_rows(config.data, split) if split else None

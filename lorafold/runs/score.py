@@ -11,27 +11,28 @@ from lorafold.errors import AdapterError, ConfigError
 from lorafold.evals.figures import Figures
 from lorafold.models.adapter_files import load_adapter
 from lorafold.models.load import compute_dtype
-from lorafold.runs.folder import CONFIG, read_run
-from lorafold.runs.raw_rows import all_rows, held_out_rows
+from lorafold.runs.prepare import run_as_data
+from lorafold.runs.raw_rows import evaluation_rows, held_out_rows
 from lorafold.runs.tasks import Task, task_of
 from lorafold.train.loop import usual_tokens
 from lorafold.train.objectives import evaluate_rows
 
 
 def rows_of(data: RowsConfig, config: TaskConfig) -> tuple[Task, list[Any], int]:
-    """The task, all rows of the data (up to `limit`) and the tokens kept of each; of a run folder as the run had them.
+    """The task, the rows of the data (up to `limit`) and the tokens kept of each; of a run folder as the run had them.
 
     Raises:
         ConfigError: the run had another task.
         DataError: the rows are not what the task needs, or those of the run have changed.
     """
-    if not (data.data / CONFIG).is_file():
+    run = run_as_data(data)
+    if run is None:
         task = task_of(config)
-        return task, all_rows(data, task), data.max_length
-    run = read_run(data.data)
+        return task, evaluation_rows(data, task), data.max_length
     if run.config.task.task != config.task:
         raise ConfigError(f"{run.path} is a run of --task {run.config.task.task}, not of --task {config.task}")
-    return *held_out_rows(run), run.config.data.max_length
+    task, rows = held_out_rows(run)
+    return task, rows[: data.limit], run.config.data.max_length
 
 
 def score(

@@ -117,6 +117,15 @@ def test_adapter_remembers_the_way(made: Made, tmp_path: Path) -> None:
         assert command("export", run, "--to", "peft", "-o", tmp_path / way) == 0
 
 
+def test_what_would_store_scales_is_named(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_gguf(tmp_path, "llama", "Q4_K", wide=True)
+    options = quick("--adapt", "scale", "--k-quants", "in-place")
+    assert command("train", base, "--data", data, "--output-dir", tmp_path / "run", *options) == 2
+    said = capsys.readouterr().err
+    assert "promote them (--k-quants promote), leave them out" in said
+    assert "whose matrices are Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, or from a folder" in said
+
+
 def test_lossy_fold_needs_a_type_that_is_made_here(
     made: Made, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

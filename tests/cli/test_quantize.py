@@ -21,6 +21,7 @@ from lorafold.evals.mlx_lm import MlxLm
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.load import load
 from lorafold.quant.calibrate import quantize, recovery
+from lorafold.runs import blocks as runs_blocks
 from lorafold.runs import quantize as runs_quantize
 from lorafold.runs.blocks import BlockWalk, find_blocks
 from tests.cli.conftest import quick
@@ -224,11 +225,11 @@ def test_few_tokens_to_calibrate_on_are_said(tmp_path: Path, data: Path, capsys:
     assert "tokens are few for layers with up to 96 inputs" in capsys.readouterr().err
     model, config = load(source).model, runs_quantize.QuantizeConfig()
     enough = [Tokens([1] * 192, [False] * 192, 0)]
-    assert runs_quantize.few_tokens(model, enough, config) == ""
+    assert runs_blocks.few_tokens(model, enough, config) == ""
     one_less = [Tokens([1] * 100, [False] * 100, 0), Tokens([1] * 91, [False] * 91, 1)]
-    assert runs_quantize.few_tokens(model, one_less, config).startswith("warning: 191 tokens")
-    assert runs_quantize.few_tokens(model, one_less, runs_quantize.QuantizeConfig(method="search")) == ""
-    assert runs_quantize.few_tokens(model, None, config) == ""
+    assert runs_blocks.few_tokens(model, one_less, config).startswith("warning: 191 tokens")
+    assert runs_blocks.few_tokens(model, one_less, runs_quantize.QuantizeConfig(method="search")) == ""
+    assert runs_blocks.few_tokens(model, None, config) == ""
 
 
 def test_it_goes_on_where_it_stopped(
@@ -320,10 +321,10 @@ def test_an_empty_work_folder_is_no_obstacle(tmp_path: Path) -> None:
 def test_gguf_refusals(tmp_path: Path, capsys: Output) -> None:
     """All that a GGUF file cannot hold is named at once; its metadata must come from a GGUF file."""
     source = tiny_gguf(tmp_path, "llama", "F16")
-    options = ("--bits", 3, "--group-size", 64, "--embedding-bits", 2)
+    options = ("--bits", 3, "--group-size", 64, "--embedding-bits", 2, "--stored", "bfloat16")
     assert command("quantize", source, "-o", tmp_path / "out.gguf", *options) == 2
     message = capsys.readouterr().err
-    assert all(part in message for part in ("bits is 3", "group_size is 64", "embedding_bits is 2"))
+    assert all(part in message for part in ("bits is 3", "group_size is 64", "embedding_bits is 2", "stored is"))
     folder = tiny_folder_of(tmp_path / "source", "llama")
     assert command("quantize", folder, "-o", tmp_path / "out.gguf") == 2
     assert "16-bit GGUF" in capsys.readouterr().err

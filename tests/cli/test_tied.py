@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorafold.adapters.inject import adapter_state
@@ -99,6 +100,26 @@ def test_lora_is_merged_into_a_transformers_folder(case: str, tmp_path: Path) ->
     tuned = AutoModelForCausalLM.from_pretrained(out)
     same_logits(tuned, adapted(base, adapter).model, 1e-4)  # (W + BA) x and W x + BA x, logits of about 6
     assert tuned.config.tie_word_embeddings == (case == "shared")
+
+
+@by_case
+@pytest.mark.parametrize("head_first", [True, False])
+def test_a_folder_may_store_the_one_weight_twice_in_two_files(head_first: bool, case: str, tmp_path: Path) -> None:
+    base, out, head = tiny_folder(tmp_path / "base"), tmp_path / "tuned", "lm_head.weight"
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    parts = [{head: tensors["model.embed_tokens.weight"].clone()}, tensors]
+    files = [f"model-0000{number}-of-00002.safetensors" for number in ((1, 2) if head_first else (2, 1))]
+    for file, part in zip(files, parts, strict=True):
+        save_file(part, base / file, {"format": "pt"})
+    index = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    adapter = adapter_of(base, case, tmp_path, "lora")
+    assert command("fold", adapter, "-o", out) == 0
+    tuned = AutoModelForCausalLM.from_pretrained(out)
+    same_logits(tuned, adapted(base, adapter).model, 1e-4)
+    written = {name: value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
+    assert torch.equal(written[head], written["model.embed_tokens.weight"]) == (case == "shared")
 
 
 @by_case

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lorafold.data.fill import columns_of, fill
@@ -21,6 +23,11 @@ from lorafold.errors import DataError
 )
 def test_fill(template: str, text: str) -> None:
     assert fill(template, {"a": 1, "b": "{a}", "c": None, "d": [1, 2], "e": True}) == text
+
+
+def test_what_is_no_number_is_missing() -> None:
+    """As tables have it where a number is missing, in files and in memory."""
+    assert fill("[{a}{b}]", {"a": float("nan"), "b": json.loads("NaN")}) == "[]"
 
 
 def test_columns_are_listed_and_all_faults_told_at_once() -> None:

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from lorafold.config import DataConfig, RunConfig, TrainingConfig
+from lorafold.config import DataConfig, RowsConfig, RunConfig, TrainingConfig
 from lorafold.data.read import read_rows
 from lorafold.data.rows import to_examples
 from lorafold.data.stream import RowStream, row_batches
 from lorafold.data.tokens import Tokenized
-from lorafold.errors import DataError
+from lorafold.errors import ConfigError, DataError
 from lorafold.models.gguf_file import GGUFFile
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.runs.display import Display
-from lorafold.runs.folder import Run
-from lorafold.runs.prepare import all_rows, held_out_examples, held_out_rows, prepare
+from lorafold.runs.folder import Run, RunFolder
+from lorafold.runs.prepare import evaluation_rows, held_out_examples, held_out_rows, prepare, training_rows
 from lorafold.train.loop import epoch_batches
 from tests.practice import command, write_data
 from tests.tiny import tiny_gguf
@@ -74,7 +74,7 @@ def test_rows_of_another_file(tmp_path: Path, tokenizer: Any) -> None:
     assert numbers(held_out_rows(run, tokenizer).rows) == [0, 1, 2, 3, 4]
     third = write_data(tmp_path / "c.jsonl", 3)
     assert len(held_out_rows(run, tokenizer, third).rows) == 3
-    assert len(all_rows(config, tokenizer).rows) == 9
+    assert len(evaluation_rows(config, tokenizer).rows) == 9
     write_data(other, 6)
     with pytest.raises(DataError, match=r"b\.jsonl: changed since the run was trained"):
         held_out_rows(run, tokenizer)
@@ -82,7 +82,9 @@ def test_rows_of_another_file(tmp_path: Path, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("other", ["validation", "dev", "test"])
-def test_a_folder_with_splits_is_trained_on_train(tmp_path: Path, tokenizer: Any, other: str) -> None:
+def test_a_folder_with_splits_is_trained_on_train(
+    tmp_path: Path, tokenizer: Any, other: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "data"
     (folder / other).mkdir(parents=True)
     write_data(folder / "train-0.jsonl", 4)
@@ -93,6 +95,11 @@ def test_a_folder_with_splits_is_trained_on_train(tmp_path: Path, tokenizer: Any
     assert (len(prepared.train.rows), len(prepared.held_out.rows)) == (9, 3)
     run = run_of(config, data_sha256=prepared.fingerprint, eval_data_sha256=prepared.eval_fingerprint)
     assert len(held_out_rows(run, tokenizer).rows) == 3
+    shown = Display()
+    assert len(evaluation_rows(RowsConfig(folder), tokenizer, shown).rows) == 3
+    assert capsys.readouterr().err == "rows of 0.jsonl\n"
+    assert len(training_rows(RowsConfig(folder), tokenizer, shown).rows) == 9
+    assert capsys.readouterr().err == "rows of train-0.jsonl, train-1.jsonl\n"
 
 
 def test_a_folder_of_only_train_files_is_split(tmp_path: Path, tokenizer: Any) -> None:
@@ -101,6 +108,30 @@ def test_a_folder_of_only_train_files_is_split(tmp_path: Path, tokenizer: Any) -
     write_data(tmp_path / "data" / "extra.jsonl", 10)
     prepared = prepare(DataConfig(tmp_path / "data"), tokenizer, 3, Display(quiet=True))
     assert (len(prepared.train.rows), len(prepared.held_out.rows)) == (9, 1)
+    for rows_of in (evaluation_rows, training_rows):
+        assert len(rows_of(RowsConfig(tmp_path / "data"), tokenizer).rows) == 10
+
+
+def test_a_run_as_data_gives_its_rows_as_it_read_them(tmp_path: Path, tokenizer: Any) -> None:
+    data = DataConfig(write_data(tmp_path / "rows.jsonl"), eval_fraction=0.25, limit=16, template="alpaca")
+    prepared = prepare(data, tokenizer, 3, Display(quiet=True))
+    folder = tmp_path / "run"
+    config = RunConfig("m", folder, data, training=TrainingConfig(seed=3))
+    writer = RunFolder(folder)
+    (folder / "adapter").mkdir()
+    writer.config(config)
+    writer.summary({"data_sha256": prepared.fingerprint, "eval_data_sha256": None})
+    writer.close()
+    assert training_rows(RowsConfig(folder), tokenizer).rows == prepared.train.rows
+    assert evaluation_rows(RowsConfig(folder), tokenizer).rows == prepared.held_out.rows
+    assert training_rows(RowsConfig(folder, limit=5), tokenizer).rows == prepared.train.rows[:5]
+    assert evaluation_rows(RowsConfig(folder, limit=2), tokenizer).rows == prepared.held_out.rows[:2]
+    with pytest.raises(ConfigError, match="leave out template, max_length, or give the data"):
+        evaluation_rows(RowsConfig(folder, template="raw", max_length=9), tokenizer)
+    write_data(data.data, 30)
+    for rows_of in (evaluation_rows, training_rows):
+        with pytest.raises(DataError, match="changed since the run was trained"):
+            rows_of(RowsConfig(folder), tokenizer)
 
 
 @pytest.fixture(params=[("KEPT_ROWS", 5), ("KEPT_BYTES", 100)], ids=["rows", "bytes"])
@@ -148,6 +179,18 @@ def test_every_row_of_many_is_checked_before_training(tmp_path: Path, tokenizer:
     assert str(many.value) == str(few.value)
     assert "3 of 2,500 rows cannot be used" in str(many.value)
     assert "2 rows (3, 2200)" in str(many.value)
+
+
+@pytest.mark.parametrize("kept", [5, 10_000])
+def test_faults_of_both_parts_are_counted_together(
+    tmp_path: Path, tokenizer: Any, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafold.runs.prepare.KEPT_ROWS", kept)
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "p", "completion": "c" if i % 5 == 0 else " "} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"48 of 60 rows cannot be used(.|\n)*48 rows \(1, 2, 3, 4, 6, "):
+        prepare(DataConfig(path, eval_fraction=0.5), tokenizer, 3, Display(quiet=True))
 
 
 def test_no_more_rows_are_held_out_than_can_be_evaluated(
