@@ -98,5 +98,5 @@ def _refuse_unsuitable(layers: Mapping[str, nn.Module], targets: list[str], spec
             f"qa-lora learns the {_learned(spec)} that a quantized group stores, and these targets store none:\n"
             + bullet_list(faults)
             + f"\n{ways}leave them out with --exclude-modules, train them with --method lora, or start from a file "
-            f"whose matrices are {', '.join(able)}, or from a folder that lorafold quantize makes"
+            f"whose matrices are {', '.join(able)}, or from an MLX folder that lorafold quantize makes"
         )

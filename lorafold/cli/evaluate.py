@@ -96,7 +96,7 @@ def _figures(
 
     display = Display()
     lines: list[tuple[str, dict[str, str]]] = []
-    task, rows, max_length = rows_of(data, config)
+    task, rows, max_length = rows_of(data, config, display)
     for variant in variants(models, adapters):
         if adapters and variant.adapter is None and task.trained(variant.model, None) is None:
             continue  # a base without a head of its own

@@ -6,6 +6,7 @@ Whatever stands between single braces is taken as the name of a column, so that 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -46,8 +47,13 @@ def columns_of(template: str, columns: Iterable[str]) -> list[str]:
     return names
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: None, or NaN, as tables have it where a number is missing."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def filling(value: Any) -> str:
-    """A value as it is put into a template: text as it is, nothing for None and NaN, the rest as JSON writes it."""
-    if value is None or value != value:
+    """A value as it is put into a template: text as it is, nothing for a missing one, the rest as JSON writes it."""
+    if is_missing(value):
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

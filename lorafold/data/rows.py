@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypedDict
 
-from lorafold.data.fill import columns_of, fill, filling
+from lorafold.data.fill import columns_of, fill, filling, is_missing
 from lorafold.errors import ConfigError, DataError, bullet_list
 
 # spellings of a speaker -> the role that chat templates know
@@ -95,7 +95,7 @@ class RowFormat:
     def cells(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a row under the first name of each column; None where a column is missing."""
         return {
-            names[0]: next((row[name] for name in names if row.get(name) is not None), None)
+            names[0]: next((row[name] for name in names if not is_missing(row.get(name))), None)
             for names in self.required + self.optional
         }
 

@@ -173,13 +173,7 @@ def stored_type(path: Path) -> torch.dtype:
 
 
 def save_classifier(model: Any, loaded: LoadedModel, labels: Sequence[str], dtype: torch.dtype, path: Path) -> None:
-    """`save_merged` of a classifier with the names of its classes."""
-    model.config.id2label, model.config.label2id = dict(enumerate(labels)), {v: i for i, v in enumerate(labels)}
-    save_merged(model, loaded, dtype, path)
-
-
-def save_merged(model: Any, loaded: LoadedModel, dtype: torch.dtype, path: Path) -> None:
-    """Write a merged model as a transformers folder with its tokenizer.
+    """Write a merged classifier as a transformers folder with its tokenizer.
 
     Raises:
         OutputError: it cannot be written.
@@ -188,6 +182,7 @@ def save_merged(model: Any, loaded: LoadedModel, dtype: torch.dtype, path: Path)
     for key in ATTENTION_DROPOUT:
         if hasattr(original, key):
             setattr(model.config, key, getattr(original, key))
+    model.config.id2label, model.config.label2id = dict(enumerate(labels)), {v: i for i, v in enumerate(labels)}
     with replacing_folder(path) as temporary:
         model.to(dtype).save_pretrained(temporary)
         loaded.tokenizer.save_pretrained(temporary)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from lorafold.adapters.adapt import unload
 from lorafold.adapters.adapted import AdaptedLayer, Carrier, carriers, plain_parameter
@@ -15,7 +16,7 @@ from lorafold.adapters.parameters import AdaptedParameter
 from lorafold.adapters.tied import follows, taken_apart, tied_pair
 from lorafold.errors import FoldError
 from lorafold.files import replacing_folder, size_on_disk
-from lorafold.models.classifier import save_classifier, save_merged, stored_type
+from lorafold.models.classifier import save_classifier, stored_type
 from lorafold.models.load import LoadedModel
 from lorafold.models.tensors import save_tensors, untie_folder
 from lorafold.runs.fold_report import DENSE_TYPES, FoldReport, dense_report, refuse_loss, sized
@@ -36,12 +37,14 @@ def fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) ->
     apart = taken_apart(loaded.model)
     table, head = (f"{name}.weight" for name in tied_pair(loaded.model) or ("", ""))
     head_stored = head in stored
-    known = stored | {key.removeprefix(prefix) for key in stored} | ({head} if apart is not None else set())
-    if merges.keys() - known:
-        return _saved_anew(loaded, path, to, lossy)  # such as experts, which files hold one by one
-    kept: list[float] = []
     if apart is None and head_stored and table in merges:  # the same weight twice, perhaps in two files
         merges[head] = merges[table]
+    known = stored | {key.removeprefix(prefix) for key in stored}
+    known |= {head} if apart is not None and table in stored else set()
+    pieces: dict[str, torch.Tensor] = {}
+    if merges.keys() - known:  # such as experts, which files hold one by one
+        merges, pieces = {}, _pieces(loaded)
+    kept: list[float] = []
     with replacing_folder(path) as temporary:
         for source in sorted(loaded.path.iterdir()):
             if source.is_file() and source.suffix != ".safetensors":
@@ -55,32 +58,32 @@ def fold_folder(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) ->
                 header = file.metadata()
             if apart is not None and table in tensors and not head_stored:
                 tensors[head] = tensors[table].clone()
-            names = {key: key.removeprefix("" if key in merges else prefix) for key in tensors}
-            for key in (key for key, name in names.items() if name in merges):
-                before, wanted = before_and_after(loaded.model, *merges.pop(names[key]))
-                tensors[key] = wanted.to(DENSE_TYPES[to] if to else tensors[key].dtype)
+            for key, value in tensors.items():
+                name = key if key in merges or key in pieces else key.removeprefix(prefix)
+                if name in merges:
+                    before, wanted = before_and_after(loaded.model, *merges.pop(name))
+                elif name in pieces:
+                    before, wanted = value.float(), pieces.pop(name)
+                    if torch.equal(before, wanted):
+                        continue
+                else:
+                    continue
+                tensors[key] = wanted.to(DENSE_TYPES[to] if to else value.dtype)
                 kept.append(kept_fraction(tensors[key].float() - before, wanted - before))
             save_tensors(temporary / source.name, tensors, header)
             if apart is not None and head in tensors:
                 untie_folder(temporary, {head: source.name})
-        report = dense_report(kept, size_on_disk(loaded.path))
+        if left := merges.keys() | pieces.keys() - {head}:
+            raise FoldError(f"the folder stores these weights under other names: {', '.join(sorted(left)[:5])}; export")
+        report = dense_report(kept or [1.0], size_on_disk(loaded.path))
         refuse_loss(report, lossy)
     return sized(report, path)
 
 
-def _saved_anew(loaded: LoadedModel, path: Path, to: str | None, lossy: bool) -> FoldReport:
-    """Where a folder stores the model in other pieces, which transformers takes apart again: in the base's type."""
-    dtype = DENSE_TYPES[to] if to else stored_type(loaded.path)
-    report = _merged_report(loaded, dtype)
-    refuse_loss(report, lossy)
-    save_merged(unload(loaded.model, merge=True), loaded, dtype, path)
-    return sized(report, path)
-
-
-def _merged_report(loaded: LoadedModel, dtype: torch.dtype) -> FoldReport:
-    pairs = (before_and_after(loaded.model, *carrier) for carrier in carriers(loaded.model))
-    kept = [kept_fraction(wanted.to(dtype).float() - before, wanted - before) for before, wanted in pairs]
-    return dense_report(kept, size_on_disk(loaded.path))
+def _pieces(loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    """All merged weights in float32 under the names, and in the pieces, in which transformers saves them."""
+    state = unload(loaded.model, merge=True).state_dict()
+    return {name: value.float() for name, value in revert_weight_conversion(loaded.model, state).items()}
 
 
 def _keys(file: Path) -> list[str]:
@@ -94,7 +97,9 @@ def fold_classifier(loaded: LoadedModel, labels: list[str], path: Path, to: str 
     if to not in (None, *DENSE_TYPES):
         raise FoldError(f"a transformers folder is written in {', '.join(DENSE_TYPES)}, not {to}")
     dtype = DENSE_TYPES[to] if to else stored_type(loaded.path)
-    report = _merged_report(loaded, dtype)
+    pairs = (before_and_after(loaded.model, *carrier) for carrier in carriers(loaded.model))
+    kept = [kept_fraction(wanted.to(dtype).float() - before, wanted - before) for before, wanted in pairs]
+    report = dense_report(kept, size_on_disk(loaded.path))
     refuse_loss(report, lossy)
     save_classifier(unload(loaded.model, merge=True), loaded, labels, dtype, path)
     return sized(report, path)

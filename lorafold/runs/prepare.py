@@ -95,7 +95,7 @@ def _trained_on(run: Run) -> tuple[Rows, np.ndarray]:
     config = run.config.data
     rows = read_rows(config.data, training_split(config.data))
     _refuse_changed(rows, run.summary.get("data_sha256"))
-    if _other_rows(config) is not None:
+    if config.eval_data is not None or held_out_split(config.data):
         return rows, _first(rows, config.limit)
     return rows, _split(rows, config, run.config.training.seed)[0]
 
@@ -113,10 +113,10 @@ def evaluation_rows(config: RowsConfig, tokenizer: Any, display: Display | None 
 
     Raises:
         DataError: as `prepare`.
-        ConfigError: of a run folder rows are asked for that are read in another way.
+        ConfigError: of a run folder rows are asked for that it has not, or that are read in another way.
     """
     display = display or Display(quiet=True)
-    if run := run_as_data(config):
+    if run := _texts_of_run(config):
         rows, index = _held_out(run, None)
         return _tokenize(rows, index[: config.limit], tokenizer, run.config.data, display)
     return _rows_of_files(config, evaluation_split(config.data), tokenizer, display)
@@ -129,7 +129,7 @@ def training_rows(config: RowsConfig, tokenizer: Any, display: Display | None = 
         DataError, ConfigError: as `evaluation_rows`.
     """
     display = display or Display(quiet=True)
-    if run := run_as_data(config):
+    if run := _texts_of_run(config):
         rows, index = _trained_on(run)
         return _tokenize(rows, index[: config.limit], tokenizer, run.config.data, display)
     return _rows_of_files(config, training_split(config.data), tokenizer, display)
@@ -151,6 +151,18 @@ def run_as_data(config: RowsConfig) -> Run | None:
             "data themselves"
         )
     return read_run(config.data)
+
+
+def _texts_of_run(config: RowsConfig) -> Run | None:
+    """The same, if its rows are texts to continue; otherwise they are refused as a ConfigError."""
+    run = run_as_data(config)
+    if run is not None and not run.config.task.continues:
+        task = run.config.task.task
+        raise ConfigError(
+            f"{run.path} is a run of --task {task}, whose rows are no texts to continue; they are for lorafold eval "
+            f"--task {task}"
+        )
+    return run
 
 
 def _rows_of_files(config: RowsConfig, split: str | None, tokenizer: Any, display: Display) -> Tokenized | RowStream:
@@ -202,16 +214,18 @@ def _tokenize(
 
 
 def _check(rows: Rows, index: np.ndarray, config: RowsConfig, display: Display) -> None:
-    """Look at each row that is not seen to be sound at once."""
+    """Look at each row, or of many at each that is not seen to be sound at once."""
     convert = converter(rows.columns, config.prompt, config.completion)
+    if len(index) <= KEPT_ROWS:
+        check_rows(((int(at), rows[int(at)]) for at in np.sort(index)), convert, 0)
+        return
     wanted = np.zeros(len(rows), bool)
     wanted[index] = True
     if convert.columns is not None:
         wanted &= rows.unsure(convert.columns)
     if not wanted.any():
         return
-    shown = display if len(index) > KEPT_ROWS else Display(quiet=True)
-    with shown.bar("checking rows", len(rows)) as advance:
+    with display.bar("checking rows", len(rows)) as advance:
         check_rows(_chosen(rows, wanted, advance), convert, len(index) - int(wanted.sum()))
 
 

@@ -235,6 +235,8 @@ def _refuse_architecture(loaded: LoadedModel, gguf: bool, config: QuantizeConfig
             f"{loaded.path} keeps its rope factors as a tensor ({ROPE_FACTORS}), which a config.json cannot hold; "
             "quantize the model's transformers folder, or write a .gguf file"
         )
+    if not any(linear_layers(block) for _, block in find_blocks(loaded.model)):
+        raise FormatError(f"linear layers are quantized, and the blocks of this model ({kind}) hold none")
     if not gguf and config.format == "affine" and kind not in MODEL_TYPES:
         raise FormatError(
             f"the architecture {kind} is not read from MLX folders yet; {', '.join(sorted(MODEL_TYPES))} are"
@@ -296,11 +298,6 @@ def _quantize_bnb(
             quantized[f"{prefix}.{name}"] = fitted.weight
             updates |= {} if fitted.update is None else {f"{prefix}.{name}": fitted.update}
         progress(1)
-    if not quantized:
-        kind = loaded.model.config.model_type
-        raise FormatError(
-            f"{config.format} is a format of linear layers, and the blocks of this model ({kind}) hold none"
-        )
     for _, layer in _outer_layers(loaded.model):
         _unpack(layer)
     stored = getattr(torch, config.stored) if config.stored else _own_dtype(loaded)

@@ -8,6 +8,7 @@ from typing import Any
 from lorafold.config import DataConfig, RowsConfig, RunConfig
 from lorafold.data.read import Rows, evaluation_split, held_out_split, read_rows, split_rows, training_split
 from lorafold.errors import DataError
+from lorafold.runs.display import Display
 from lorafold.runs.folder import Run
 from lorafold.runs.tasks import Task, task_of
 
@@ -69,9 +70,11 @@ def held_out_rows(run: Run) -> tuple[Task, list[Any]]:
     return task, read.held_out
 
 
-def evaluation_rows(config: RowsConfig, task: Task) -> list[Any]:
-    """Rows of the data, up to `limit`; of a folder with splits those that training holds out."""
+def evaluation_rows(config: RowsConfig, task: Task, display: Display) -> list[Any]:
+    """Rows of the data, up to `limit`; of a folder with splits those that training holds out. Their files are said."""
     rows = read_rows(config.data, evaluation_split(config.data))
+    if config.data.is_dir():
+        display.say(f"rows of {', '.join(path.name for path in rows.sources)}")
     return task.read(rows, range(len(rows))[: config.limit])
 
 

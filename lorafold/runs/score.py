@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lorafold.errors import AdapterError, ConfigError
 from lorafold.evals.figures import Figures
 from lorafold.models.adapter_files import load_adapter
 from lorafold.models.load import compute_dtype
+from lorafold.runs.display import Display
 from lorafold.runs.prepare import run_as_data
 from lorafold.runs.raw_rows import evaluation_rows, held_out_rows
 from lorafold.runs.tasks import Task, task_of
@@ -18,19 +20,26 @@ from lorafold.train.loop import usual_tokens
 from lorafold.train.objectives import evaluate_rows
 
 
-def rows_of(data: RowsConfig, config: TaskConfig) -> tuple[Task, list[Any], int]:
+def rows_of(data: RowsConfig, config: TaskConfig, display: Display | None = None) -> tuple[Task, list[Any], int]:
     """The task, the rows of the data (up to `limit`) and the tokens kept of each; of a run folder as the run had them.
 
     Raises:
-        ConfigError: the run had another task.
+        ConfigError: the run had another task, or other options of it.
         DataError: the rows are not what the task needs, or those of the run have changed.
     """
     run = run_as_data(data)
     if run is None:
         task = task_of(config)
-        return task, evaluation_rows(data, task), data.max_length
+        return task, evaluation_rows(data, task, display or Display(quiet=True)), data.max_length
     if run.config.task.task != config.task:
         raise ConfigError(f"{run.path} is a run of --task {run.config.task.task}, not of --task {config.task}")
+    settled = [
+        f.name
+        for f in fields(TaskConfig)
+        if getattr(config, f.name) not in (f.default, getattr(run.config.task, f.name))
+    ]
+    if settled:
+        raise ConfigError(f"{run.path} is a run with another {', '.join(settled)}; leave out what it has settled")
     task, rows = held_out_rows(run)
     return task, rows[: data.limit], run.config.data.max_length
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,12 +75,12 @@ def test_eva_sees_their_inputs(gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(inside.norm(dim=1), torch.ones(rank).double(), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    "options", [["--format", "nf4"], ["--format", "int8"], ["--format", "nf4", "--loftq-r", 2], []]
+)
 def test_formats_of_linear_layers_are_refused(
-    kind: str, gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[Any], gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("quantize", gpt2, "-o", tmp_path / "out", "--format", kind) == 2
-    assert (
-        f"{kind} is a format of linear layers, and the blocks of this model (gpt2) hold none" in capsys.readouterr().err
-    )
+    assert command("quantize", gpt2, "-o", tmp_path / "out", *options) == 2
+    assert "linear layers are quantized, and the blocks of this model (gpt2) hold none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorafold.adapters.adapt import unload
@@ -77,6 +78,33 @@ def test_trained_experts_are_folded_one_by_one(
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with pytest.raises(AssertionError):
         same_logits(tuned, plain, 1.0)
+
+
+def test_what_was_not_trained_stays_as_it_is(base: Path, data: Path, tmp_path: Path) -> None:
+    """Numbers of another type, tensors that transformers does not load, and other files."""
+    path, odd = base / "model.safetensors", "model.layers.7.mtp.weight"
+    tensors = load_file(path)
+    routers = [name for name in tensors if name.endswith(".gate.weight")]
+    assert len(routers) == 2
+    tensors |= {name: tensors[name].float() + 1e-4 for name in routers} | {odd: torch.randn(3, 4)}
+    save_file(tensors, path, {"format": "pt"})
+    (base / "NOTES.md").write_text("notes")
+    run, out = tmp_path / "run", tmp_path / "out"
+    options = quick("--method", "lora", "--target-parameters", "down_proj", "--learning-rate", 0.02)
+    assert command("train", base, "--data", data, "--output-dir", run, *options) == 0
+    assert command("fold", run, "-o", out) == 0
+    written = load_file(out / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    moved = {name for name in tensors if not torch.equal(tensors[name], written[name])}
+    targets = {
+        n
+        for n in tensors
+        if re.search(r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|w2|shared_expert_gate)\.weight", n)
+    }
+    assert any(".experts." in name for name in moved)
+    assert moved <= targets
+    assert {name: value.dtype for name, value in written.items()} == {n: value.dtype for n, value in tensors.items()}
+    assert (out / "NOTES.md").read_text() == "notes"
 
 
 def test_what_stays_plain_is_said(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,7 @@ def test_what_would_store_scales_is_named(tmp_path: Path, data: Path, capsys: py
     assert command("train", base, "--data", data, "--output-dir", tmp_path / "run", *options) == 2
     said = capsys.readouterr().err
     assert "promote them (--k-quants promote), leave them out" in said
-    assert "whose matrices are Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, or from a folder" in said
+    assert "whose matrices are Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, or from an MLX folder" in said
 
 
 def test_lossy_fold_needs_a_type_that_is_made_here(
