@@ -46,7 +46,7 @@ def prepare(config: DataConfig, tokenizer: Any, seed: int, display: Display) -> 
         DataError: whatever is wrong with the files, rows or templates.
     """
     rows = read_rows(config.data, training_split(config.data), display.say)
-    other = _other_rows(config, display)
+    other = other_rows(config, display)
     if other is None:
         train, held = _split(rows, config, seed)
         _check(rows, np.concatenate([train, held]), config, display)  # one count of faults over both parts
@@ -80,7 +80,7 @@ def held_out_examples(run: Run, data: Path | None = None) -> Sequence[Example]:
 
 def _held_out(run: Run, data: Path | None) -> tuple[Rows, np.ndarray]:
     config = run.config.data if data is None else replace(run.config.data, eval_data=data)
-    rows = _other_rows(config)
+    rows = other_rows(config)
     if rows is None:
         rows = read_rows(config.data, training_split(config.data))
         index = _split(rows, config, run.config.training.seed)[1]
@@ -165,10 +165,16 @@ def _texts_of_run(config: RowsConfig) -> Run | None:
     return run
 
 
-def _rows_of_files(config: RowsConfig, split: str | None, tokenizer: Any, display: Display) -> Tokenized | RowStream:
-    rows = read_rows(config.data, split, display.say)
-    if config.data.is_dir():
+def read_split(data: Path, split: str | None, display: Display) -> Rows:
+    """Rows of a file, or of a folder's files of a split, whose names are said."""
+    rows = read_rows(data, split, display.say)
+    if data.is_dir():
         display.say(f"rows of {', '.join(path.name for path in rows.sources)}")
+    return rows
+
+
+def _rows_of_files(config: RowsConfig, split: str | None, tokenizer: Any, display: Display) -> Tokenized | RowStream:
+    rows = read_split(config.data, split, display)
     return _tokenize(rows, _first(rows, config.limit), tokenizer, config, display)
 
 
@@ -179,7 +185,7 @@ def _split(rows: Rows, config: DataConfig, seed: int) -> tuple[np.ndarray, np.nd
     return train, held[: config.eval_limit]
 
 
-def _other_rows(config: DataConfig, display: Display | None = None) -> Rows | None:
+def other_rows(config: DataConfig, display: Display | None = None) -> Rows | None:
     """Held-out rows that do not come from the training rows: eval_data, or the split of a folder."""
     say = display.say if display else None
     if config.eval_data is not None:

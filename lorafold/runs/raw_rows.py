@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lorafold.config import DataConfig, RowsConfig, RunConfig
-from lorafold.data.read import Rows, evaluation_split, held_out_split, read_rows, split_rows, training_split
+from lorafold.config import RowsConfig, RunConfig
+from lorafold.data.read import evaluation_split, read_rows, split_rows, training_split
 from lorafold.errors import DataError
 from lorafold.runs.display import Display
 from lorafold.runs.folder import Run
+from lorafold.runs.prepare import other_rows, read_split
 from lorafold.runs.tasks import Task, task_of
 
 
@@ -36,7 +37,7 @@ def read_raw(config: RunConfig, task: Task) -> RawRows:
         DataError: whatever is wrong with the files, rows or templates.
     """
     data = config.data
-    rows, other = read_rows(data.data, training_split(data.data)), _other_rows(data)
+    rows, other = read_rows(data.data, training_split(data.data)), other_rows(data)
     if other is None:
         train, held = split_rows(rows, data.eval_fraction, config.training.seed, data.limit)
         held = held[: data.eval_limit]
@@ -72,15 +73,5 @@ def held_out_rows(run: Run) -> tuple[Task, list[Any]]:
 
 def evaluation_rows(config: RowsConfig, task: Task, display: Display) -> list[Any]:
     """Rows of the data, up to `limit`; of a folder with splits those that training holds out. Their files are said."""
-    rows = read_rows(config.data, evaluation_split(config.data))
-    if config.data.is_dir():
-        display.say(f"rows of {', '.join(path.name for path in rows.sources)}")
+    rows = read_split(config.data, evaluation_split(config.data), display)
     return task.read(rows, range(len(rows))[: config.limit])
-
-
-def _other_rows(config: DataConfig) -> Rows | None:
-    """Held-out rows that do not come from the training rows: eval_data, or the split of a folder."""
-    if config.eval_data is not None:
-        return read_rows(config.eval_data)
-    split = held_out_split(config.data)
-    return read_rows(config.data, split) if split else None
