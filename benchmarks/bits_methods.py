@@ -12,7 +12,7 @@ of the table:
 * QA-LoRA on the dense base quantized with GPTQ first, folded: r = 16, all offsets, all offsets and scales,
 * the first row's file with all offsets trained on the same rows once more, folded; and beside it, as that is twice the
   training, the first row with two epochs,
-* LoRA and all offsets by Muon instead of AdamW.
+* all but these two by Muon instead of AdamW.
 
 All files are MLX folders with an 8-bit embedding, in groups of 32; those of 4 bits in groups of 64, because the default
 base's weights come from 4 bits in groups of 32 and would be kept by these unchanged. GPTQ is calibrated on the same

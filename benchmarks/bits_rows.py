@@ -47,4 +47,8 @@ METHODS = {
         "quantized", AdapterSpec("qa-lora", "full", adapt="both"), (5e-4, 2.5e-4), optim="muon"
     ),
     "QA-LoRA r=16 by Muon": Method("quantized", AdapterSpec("qa-lora", 16), (2e-3,), optim="muon"),
+    "QLoRA (NF4) r=8 by Muon, merged, GPTQ": Method("nf4", AdapterSpec("lora", 8), (2e-3,), "gptq", optim="muon"),
+    "LoRA r=8 by Muon, merged, rounded to nearest": Method(
+        "dense", AdapterSpec("lora", 8), (2e-3,), "rtn", optim="muon"
+    ),
 }
